@@ -1,0 +1,196 @@
+"""The arms of the comparison: every way to train a detector that the example can put side by side.
+
+Each arm is a module that takes images and targets and returns losses, and that has an ``adapter`` to detect with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.image_list import ImageList
+
+from crosskd_assign import (
+    Batch,
+    CrossHeadDistiller,
+    DensePredictions,
+    DetectorAdapter,
+    EndToEndDetector,
+    Target,
+    TaskAwareOneToOneAssigner,
+    adapt,
+)
+
+__all__ = ["ARMS", "Arm", "ArmName", "build_arm", "needs_teacher"]
+
+ArmName = Literal[
+    "one-to-many", "one-to-one", "cross-head", "auxiliary-head", "feature-imitation", "own-head-imitation"
+]
+ARMS: tuple[ArmName, ...] = get_args(ArmName)
+METRICS = {
+    "poto": TaskAwareOneToOneAssigner.poto(),
+    "task-aligned": TaskAwareOneToOneAssigner.task_aligned(),
+    "yolo": TaskAwareOneToOneAssigner.yolo(),
+}
+
+
+def needs_teacher(arm: ArmName) -> bool:
+    """Whether an arm learns from a teacher."""
+    return arm in ("cross-head", "feature-imitation", "own-head-imitation")
+
+
+class Arm(nn.Module):
+    """A detector in training.
+
+    Args:
+        trainee: Gives losses for images and targets.
+        adapter: The detector in it that is evaluated and saved.
+        one_to_many: Whether the detector was trained with many positives an object; then its quality branch counts in
+            the score, and it needs NMS.
+    """
+
+    def __init__(self, trainee: nn.Module, adapter: DetectorAdapter, *, one_to_many: bool) -> None:
+        super().__init__()
+        self.trainee = trainee
+        self.one_to_many = one_to_many
+        self._adapter = (adapter,)  # it is a part of the trainee already
+
+    @property
+    def adapter(self) -> DetectorAdapter:
+        """The detector."""
+        return self._adapter[0]
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Weighted losses, to be summed."""
+        losses: dict[str, Tensor] = self.trainee(images, targets)
+        return losses
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Tensor]) -> tuple[DensePredictions, Batch]:
+        """Dense predictions, with the quality branch only where it is part of the score."""
+        batch, _ = self.adapter.preprocess(images)
+        predictions = self.adapter.head(self.adapter.features(batch), batch)
+        return (predictions if self.one_to_many else replace(predictions, quality=None)), batch
+
+
+def build_arm(
+    name: ArmName,
+    student: nn.Module,
+    teacher: nn.Module | None = None,
+    *,
+    metric: str = "poto",
+    classification_weight: float = 1.0,
+    box_weight: float = 1.0,
+    quality_weight: float = 0.0,
+    imitation_weight: float = 1.0,
+    alignment: Literal["statistics", "none"] = "statistics",
+) -> Arm:
+    """Build an arm around a torchvision detector.
+
+    Args:
+        name: Which.
+        student: The detector to train.
+        teacher: A trained one-to-many detector, for arms that need one.
+        metric: Preset of the task-aware metric: "poto", "task-aligned" or "yolo".
+        classification_weight: Of the distillation's classification term.
+        box_weight: Of the distillation's box term.
+        quality_weight: Of the distillation's quality term.
+        imitation_weight: Of feature imitation.
+        alignment: Of the student's features to the teacher's.
+
+    Raises:
+        ValueError: The arm needs a teacher and has none.
+    """
+    if name == "one-to-many":
+        return Arm(student, adapt(student), one_to_many=True)
+    detector = EndToEndDetector(student, assigner=METRICS[metric])
+    if name == "one-to-one":
+        return Arm(detector, detector.adapter, one_to_many=False)
+    if name == "auxiliary-head":
+        return Arm(AuxiliaryHead(detector), detector.adapter, one_to_many=False)
+    if teacher is None:
+        raise ValueError(f"Expected a teacher for the arm {name!r}, but got none (--teacher). Fix: train one first.")
+    distiller: CrossHeadDistiller
+    if name == "cross-head":
+        distiller = CrossHeadDistiller(
+            detector,
+            teacher,
+            classification_weight=classification_weight,
+            box_weight=box_weight,
+            quality_weight=quality_weight,
+            alignment=alignment,
+        )
+    elif name == "feature-imitation":
+        distiller = FeatureImitation(detector, teacher, alignment="none")
+        distiller.distillation_weight = imitation_weight
+    else:
+        distiller = OwnHeadImitation(
+            detector, teacher, classification_weight=classification_weight, box_weight=box_weight
+        )
+    return Arm(distiller, detector.adapter, one_to_many=False)
+
+
+class AuxiliaryHead(nn.Module):
+    """One-to-one training beside a second head that is trained one-to-many on the same features and then dropped.
+
+    The idea of YOLOv10 and DATE; the gradient of both heads reaches the features.
+    """
+
+    def __init__(self, detector: EndToEndDetector) -> None:
+        super().__init__()
+        self.detector = detector
+        self.head = copy.deepcopy(self.model.head).requires_grad_(True)
+
+    @property
+    def model(self) -> Any:
+        """The FCOS or RetinaNet whose features both heads share."""
+        return self.detector.model
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """One-to-one losses, and the one-to-many losses of torchvision under names that begin with ``auxiliary_``."""
+        adapter, model = self.detector.adapter, self.model
+        batch, moved = adapter.preprocess(images, targets)
+        features = adapter.features(batch)
+        losses = self.detector.losses(self.detector.predict(features, batch), moved or [])
+        anchors = model.anchor_generator(ImageList(batch.images, list(batch.sizes)), features)
+        points_per_level = [x.shape[-2] * x.shape[-1] for x in features]
+        arguments = (anchors, points_per_level) if isinstance(model, FCOS) else (anchors,)
+        auxiliary = model.compute_loss(moved, self.head(features), *arguments)
+        return losses | {f"auxiliary_{name}": loss for name, loss in auxiliary.items()}
+
+
+class FeatureImitation(CrossHeadDistiller):
+    """Half the squared difference of standardised feature maps: PKD (Cao et al., NeurIPS 2022), no head involved."""
+
+    def distillation_losses(
+        self, features: list[Tensor], predictions: DensePredictions, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Sum over levels of the mean over everything else."""
+        teacher = self.teacher_features(batch)
+        pairs = zip(self.align(features, teacher), teacher, strict=True)
+        losses = [F.mse_loss(_standardised(s), _standardised(t)) / 2 for s, t in pairs]
+        return {"imitation": self.distillation_weight * torch.stack(losses).sum()}
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Mean 0 and variance 1 per channel over the batch, ``(N, *, H, W)``."""
+    var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0, keepdim=True)
+    return (x - mean) * (var + 1e-5).rsqrt()
+
+
+class OwnHeadImitation(CrossHeadDistiller):
+    """Dense prediction mimicking: the student's own head is told to imitate the one-to-many teacher's."""
+
+    def distillation_losses(
+        self, features: list[Tensor], predictions: DensePredictions, batch: Batch
+    ) -> dict[str, Tensor]:
+        """The cross-head losses, on the student's own predictions."""
+        with torch.no_grad():
+            teacher = self.teacher.head(self.teacher_features(batch), batch)
+        return self.compare(predictions, teacher)

@@ -1,0 +1,353 @@
+"""COCO-format data: a reader that says what is wrong, augmentation that repeats itself, batches that resume.
+
+Boxes are ``xyxy`` float32 pixels of the stored image. Labels run from 1 to K in ascending category id order; 0 is
+the background, as in torchvision. G is the number of boxes of one image, H and W its height and width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+Level = Literal["none", "flip", "crop", "full"]
+Target = dict[str, Tensor]
+Key = tuple[int, int]  # epoch, index
+
+_MIN_SIDE = 1.0  # pixels; what is thinner than a pixel of its own picture cannot be learnt
+_GREY = 114  # around pictures smaller than their frame: near ImageNet's mean, so about 0 when normalised
+_TIDY = (v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=2))
+
+
+class DatasetError(ValueError):
+    """A dataset on disk is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class as the annotation file names it."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image and what is to be found in it: ``boxes`` (G, 4) float32 xyxy pixels, ``labels`` (G,) int64 in 1..K."""
+
+    id: int
+    path: Path
+    width: int
+    height: int
+    boxes: Tensor
+    labels: Tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Sent to a worker process as a tensor, each would take a file descriptor, and COCO has 236,000 of them.
+        return _record, (self.id, self.path, self.width, self.height, self.boxes.numpy(), self.labels.numpy())
+
+
+def _record(*fields: Any) -> ImageRecord:
+    return ImageRecord(*fields[:4], *map(torch.from_numpy, fields[4:]))
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """How many images and boxes a file holds, and what became of boxes that are not used as they are."""
+
+    images: int
+    images_without_boxes: int
+    boxes: int
+    crowd_dropped: int
+    degenerate_dropped: int
+    outside_dropped: int
+    clipped: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in vars(self).items())
+
+
+@dataclass(frozen=True)
+class CocoIndex:
+    """What `read_coco` read: records in the order of the file, categories by ascending id."""
+
+    records: tuple[ImageRecord, ...]
+    categories: tuple[Category, ...]
+    report: ScanReport
+    annotations: Path
+
+    @property
+    def label_to_category(self) -> dict[int, int]:
+        """Maps the labels 1..K to category ids of the file."""
+        return {label: category.id for label, category in enumerate(self.categories, start=1)}
+
+    @property
+    def num_classes(self) -> int:
+        """K + 1: torchvision's detectors count the background."""
+        return len(self.categories) + 1
+
+
+def locate_split(root: Path, split: Literal["train", "val"], annotations: str | None = None) -> tuple[Path, Path]:
+    """Finds a split's image folder and annotation file below ``root``, with or without the year 2017 in their names.
+
+    ``annotations`` names a file in ``root/annotations`` to use in place of ``instances_*.json``.
+
+    Raises:
+        DatasetError: Neither layout is there; says which paths were tried.
+    """
+    tried = []
+    for folder in (root / f"{split}2017", root / split):
+        file = root / "annotations" / (annotations or f"instances_{folder.name}.json")
+        if folder.is_dir() and file.is_file():
+            return folder, file
+        tried += [f"{path}{'' if path.exists() else ' (missing)'}" for path in (folder, file)]
+    got = "{} with {}, and {} with {}".format(*tried)
+    raise _error("an image folder and its annotation file", got, f"{split} split", "name the folder that holds both")
+
+
+def read_coco(images: Path, annotations: Path) -> CocoIndex:
+    """Reads a COCO instances file and makes sure that every image is there, without opening any.
+
+    Crowd regions, boxes thinner than a pixel or not finite, and boxes outside their image are dropped and counted;
+    boxes that stick out are clipped and counted. Images without boxes stay.
+
+    Args:
+        images: The folder that the file's ``file_name`` entries are relative to.
+        annotations: The JSON file.
+
+    Raises:
+        DatasetError: The file is malformed or contradicts itself, or an image is missing or outside ``images``.
+    """
+    try:
+        document = json.loads(annotations.read_bytes())
+    except (OSError, ValueError) as error:  # a JSONDecodeError names line and column
+        raise _error("readable JSON", str(error), str(annotations), "check the path, or export it again") from error
+    categories = [Category(*row) for row in _rows(document, "categories", annotations, id=int, name=str)]
+    categories.sort(key=lambda category: category.id)
+    label_of = {category.id: label for label, category in enumerate(categories, start=1)}
+    if len(label_of) < len(categories):
+        raise _error("unique category ids", "one that repeats", str(annotations), "merge or renumber the categories")
+
+    position: dict[int, int] = {}
+    paths, sizes = [], []
+    rows = _rows(document, "images", annotations, id=int, file_name=str, width=int, height=int)
+    for n, (key, name, *size) in enumerate(rows):
+        where = f"images[{n}] of {annotations}"
+        if position.setdefault(key, n) != n:
+            raise _error("unique image ids", f"{key} as in images[{position[key]}]", where, "remove one of the two")
+        pure = PureWindowsPath(name)  # knows the separators of every system
+        if pure.anchor or ".." in pure.parts:
+            raise _error(f"file_name to stay inside {images}", repr(name), where, "make it relative to that folder")
+        paths.append(images / name)
+        sizes.append(size)
+    _check_present(paths, images)
+
+    rows = _rows(document, "annotations", annotations, image_id=int, category_id=int, bbox=list)
+    for n, (image, category, box) in enumerate(rows):
+        where = f"annotations[{n}] of {annotations}"
+        if image not in position or category not in label_of:
+            got = f"image_id {image} and category_id {category}"
+            raise _error("ids listed under images and categories", got, where, "add what is missing there")
+        if len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
+            raise _error("bbox to be [x, y, width, height]", str(box), where, "correct or remove the entry")
+    crowd = np.array([bool(entry.get("iscrowd")) for entry in document["annotations"]], dtype=bool)
+    owner = np.array([position[row[0]] for row in rows], dtype=np.int64)
+    label = np.array([label_of[row[1]] for row in rows], dtype=np.int64)
+    xywh = np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4)
+    limit = np.array(sizes, dtype=np.float64).reshape(-1, 2)[owner]
+    with np.errstate(invalid="ignore"):  # NaN and Infinity do occur in files
+        start, extent, stop = xywh[:, :2], xywh[:, 2:], xywh[:, :2] + xywh[:, 2:]
+        low, high = np.clip(start, 0, limit), np.clip(stop, 0, limit)
+        sound = ~crowd & (np.isfinite(start) & np.isfinite(stop) & (extent >= _MIN_SIDE)).all(axis=1)
+        inside = sound & (high - low >= _MIN_SIDE).all(axis=1)
+        moved = inside & (np.maximum(low - start, stop - high) > 1e-3).any(axis=1)  # beyond rounding
+    order = np.argsort(owner, kind="stable")
+    order = order[inside[order]]
+    counts = np.bincount(owner[order], minlength=len(paths)).tolist()
+    boxes = torch.split(torch.from_numpy(np.hstack([low, high])[order].astype(np.float32)), counts)
+    labels = torch.split(torch.from_numpy(label[order]), counts)
+    tallies = [int(mask.sum()) for mask in (crowd, ~crowd & ~sound, sound & ~inside, moved)]
+    report = ScanReport(len(paths), counts.count(0), len(order), *tallies)
+    records = tuple(map(ImageRecord, position, paths, *zip(*sizes, strict=True), boxes, labels))
+    return CocoIndex(records, tuple(categories), report, annotations)
+
+
+def _error(expected: str, got: str, where: str, fix: str) -> DatasetError:
+    return DatasetError(f"Expected {expected} but got {got} ({where}). Fix: {fix}.")
+
+
+def _rows(document: Any, table: str, file: Path, **fields: type) -> list[list[Any]]:
+    """The named fields of every entry of a table, once they are all known to be there and of the right type."""
+    entries = document.get(table) if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        raise _error(f"a list under {table!r}", f"{entries!r:.60}", str(file), "export as COCO instances")
+    for n, entry in enumerate(entries):
+        for name, kind in fields.items():
+            value = entry.get(name) if isinstance(entry, dict) else None
+            if not isinstance(value, kind):
+                got = "nothing" if value is None else f"{value!r:.60}"
+                where = f"{table}[{n}] of {file}"
+                raise _error(f"{name!r} to be of type {kind.__name__}", got, where, "complete or correct the entry")
+    return [[entry[name] for name in fields] for entry in entries]
+
+
+def _check_present(paths: Sequence[Path], images: Path) -> None:
+    folders = {path.parent for path in paths}  # a listing per folder is much faster than a look at every file
+    present = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    missing = [str(path.relative_to(images)) for path in paths if path not in present]
+    if missing:
+        got = f"{len(missing)} missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+        raise _error("every image to be on disk", got, str(images), "complete the folder, or name the right one")
+
+
+@dataclass(eq=False)
+class CocoDataset(Dataset[tuple[Tensor, Target]]):
+    """The images and targets of an index; item ``(epoch, i)`` is the same in any process and in any order.
+
+    An item is an image (3, H, W) float32 RGB in 0..1 and a target of plain tensors: ``boxes`` (G, 4) float32 xyxy
+    pixels, ``labels`` (G,) int64, ``image_id`` () int64. A plain index ``i`` stands for ``(0, i)``.
+    """
+
+    index: CocoIndex = field(repr=False)
+    transform: v2.Transform | None = None  # of (image, target), such as `augmentation` gives
+    _: KW_ONLY
+    seed: int = 0  # not negative; starts all random numbers of an item, together with its epoch and index
+    cache: bool = False  # keep decoded images (uint8) in memory, in each worker process: for small sets
+    mosaic: float = 0.0  # probability of joining an image with three others; the first one's image_id stays
+    _decoded: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.index.records)
+
+    def __getitem__(self, key: int | Key) -> tuple[Tensor, Target]:
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: it would also reseed the accelerators, which are not restored afterwards.
+            state = np.random.SeedSequence((self.seed, epoch, i)).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(state[0]))
+            join = torch.rand(()).item() < self.mosaic
+            image, target = self._join(i) if join else self._load(i)
+            if self.transform is not None:
+                image, target = self.transform(image, target)
+        pixels = v2.functional.to_dtype(image.as_subclass(Tensor).contiguous(), torch.float32, scale=True)
+        return pixels, {name: value.as_subclass(Tensor) for name, value in target.items()}
+
+    def _load(self, i: int) -> tuple[Tensor, Target]:
+        record = self.index.records[i]
+        pixels = self._decoded.get(i)
+        if pixels is None:
+            pixels = _decode(record)
+        if self.cache:
+            self._decoded[i] = pixels
+        return _sample(pixels, record.boxes.clone(), record.labels.clone(), record.id)
+
+    def _join(self, i: int) -> tuple[Tensor, Target]:
+        """Four images around a point, seen through a window as large as one; image i is the upper left one."""
+        parts = [self._load(j) for j in (i, *torch.randint(len(self), (3,)).tolist())]
+        height, width = (max(sides) for sides in zip(*(image.shape[-2:] for image, _ in parts), strict=True))
+        canvas = torch.full((3, 2 * height, 2 * width), _GREY, dtype=torch.uint8)
+        for n, (image, target) in enumerate(parts):
+            h, w = image.shape[-2:]
+            y, x = (height - h, height)[n // 2], (width - w, width)[n % 2]
+            canvas[:, y : y + h, x : x + w] = image
+            target["boxes"] += torch.tensor([x, y, x, y])
+        boxes, labels = (torch.cat([target[name] for _, target in parts]) for name in ("boxes", "labels"))
+        joined = _sample(canvas, boxes, labels, self.index.records[i].id)
+        window: tuple[Tensor, Target] = v2.Compose([v2.RandomCrop((height, width)), *_TIDY])(*joined)
+        return window
+
+
+def _sample(image: Tensor, boxes: Tensor, labels: Tensor, image_id: int) -> tuple[Tensor, Target]:
+    wrapped = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
+    return tv_tensors.Image(image), {"boxes": wrapped, "labels": labels, "image_id": torch.tensor(image_id)}
+
+
+def _decode(record: ImageRecord) -> Tensor:
+    """The stored pixels (3, H, W) uint8 RGB; an orientation tag is not obeyed, since boxes refer to stored pixels."""
+    try:
+        with Image.open(record.path) as image:
+            mode = image.mode
+            # A palette with transparency would warn on its direct way to RGB.
+            rgb = image.convert("RGBA").convert("RGB") if mode == "P" else image.convert("RGB")
+    except Exception as error:  # damaged files raise nearly anything
+        raise _error("a readable image", repr(error), str(record.path), "replace the file") from error
+    if mode[0] in "IF":  # 16 or 32 bits, of which the conversion to RGB leaves white
+        raise _error("8 bits per channel", f"mode {mode}", str(record.path), "convert the file")
+    if rgb.size != (record.width, record.height):
+        got = f"{rgb.width}×{rgb.height}"
+        fix = "save it at the annotated size, with its orientation tag applied if it has one"
+        raise _error(f"{record.width}×{record.height} pixels", got, str(record.path), fix)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # colour jitter is 4 times slower on a view
+
+
+def augmentation(size: int, level: Level) -> v2.Transform:
+    """A transform of (image, target) whose pictures have no side longer than ``size`` pixels.
+
+    ``"none"`` makes the longer side that long. ``"flip"`` also mirrors half of the images. ``"crop"`` instead scales
+    that by 0.5 to 1.5 and takes a random square, grey where the image ends. ``"full"`` scales by 0.3 to 2 and changes
+    colours as well; it goes well with ``CocoDataset(mosaic=0.5)``. Boxes are clipped to the picture; those thinner
+    than 2 pixels go, together with their labels.
+    """
+    steps: list[v2.Transform] = [] if level == "none" else [v2.RandomHorizontalFlip()]
+    if level in ("none", "flip"):
+        steps.append(v2.Resize(size=None, max_size=size))  # leaves an image of that size alone
+    else:
+        scales = (0.5, 1.5) if level == "crop" else (0.3, 2.0)
+        steps.append(v2.ScaleJitter((size, size), scales))
+        steps.append(v2.RandomCrop((size, size), pad_if_needed=True, fill=_GREY))
+    if level == "full":
+        steps.append(v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.6))  # a hue would triple the time
+    return v2.Compose([*steps, *_TIDY])
+
+
+@dataclass(frozen=True)
+class ResumableSampler(Sampler[list[Key]]):
+    """Endless batches of ``(epoch, index)`` keys, for ``DataLoader(dataset, batch_sampler=…, collate_fn=collate)``.
+
+    Batch k depends on the arguments and k alone: with ``start_batch=k``, a resumed run goes on as if it had not
+    stopped. All ranks cut one permutation per epoch, and global batch k stays the same while
+    ``batch_size * world_size`` does. What does not fill a batch is left out of its epoch; a set smaller than one
+    global batch is repeated to fill it.
+    """
+
+    length: int  # images
+    batch_size: int  # images per batch and rank
+    _: KW_ONLY
+    seed: int = 0  # not negative
+    rank: int = 0
+    world_size: int = 1
+    start_batch: int = 0  # batches already done since the training began
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.batch_size < 1 or not 0 <= self.rank < self.world_size or self.start_batch < 0:
+            raise _error("at least one image and a rank below world_size", str(self), "sampler", "check the arguments")
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that each rank gets of one permutation."""
+        return max(1, self.length // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first, done = divmod(self.start_batch, self.batches_per_epoch)
+        for epoch in itertools.count(first):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            batches = np.resize(order, (self.batches_per_epoch, self.world_size, self.batch_size))[:, self.rank]
+            for batch in batches[done:].tolist():
+                yield [(epoch, i) for i in batch]
+            done = 0
+
+
+def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Turns items into a list of images and a list of targets, as torchvision's detectors take them."""
+    return [image for image, _ in batch], [target for _, target in batch]

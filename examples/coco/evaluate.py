@@ -1,0 +1,183 @@
+"""Score a detector by COCO's protocol, without and with NMS, and count its duplicates.
+
+python examples/coco/evaluate.py --run runs/demo/student --data-path data/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import Arm
+from coco_data import CocoDataset, CocoIndex, collate, locate_split, read_coco
+from coco_metrics import CocoScores, coco_evaluate, coco_results
+from runs import load_model, write_json
+from torch.utils.data import DataLoader, Subset
+
+from crosskd_assign import Detection, Target, adapt
+from crosskd_assign.diagnostics import DuplicateReport, duplicate_report, one_to_many_detections
+
+__all__ = ["Evaluation", "detect", "evaluate", "on_cpu", "table"]
+
+NMS_THRESHOLD = 0.6  # torchvision's FCOS
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one detector."""
+
+    plain: CocoScores
+    nms: CocoScores
+    duplicates: DuplicateReport
+    duplicates_nms: DuplicateReport
+    images: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers: ``ap`` and its kin without NMS, ``ap_nms`` and its kin with, ``duplicates`` per object."""
+        nms = {f"{name}_nms": value for name, value in self.nms.as_dict().items()}
+        rates = {"duplicates": self.duplicates.rate, "duplicates_nms": self.duplicates_nms.rate}
+        return {**self.plain.as_dict(), **nms, **rates, "margin": self.duplicates.margin, "images": self.images}
+
+
+@torch.inference_mode()
+def detect(
+    arm: Arm,
+    dataset: CocoDataset,
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    workers: int = 0,
+    precision: torch.dtype = torch.float32,
+) -> tuple[list[Detection], list[Detection], list[Target]]:
+    """Detections without NMS, with NMS, and the targets of the first ``limit`` images, on the CPU."""
+    subset = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
+    loader = DataLoader(subset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    device = next(arm.adapter.parameters()).device
+    plain: list[Detection] = []
+    suppressed: list[Detection] = []
+    targets: list[Target] = []
+    was_training = arm.training
+    arm.eval()
+    arm.adapter.eval()
+    for images, batch_targets in loader:
+        with torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext():
+            predictions, batch = arm.predict([image.to(device) for image in images])
+        for kept, threshold in ((plain, None), (suppressed, NMS_THRESHOLD)):
+            for detection in one_to_many_detections(arm.adapter, predictions, batch, nms_threshold=threshold):
+                kept.append(on_cpu(detection))
+        targets += batch_targets
+    arm.train(was_training)
+    arm.adapter.train(was_training)
+    return plain, suppressed, targets
+
+
+def evaluate(
+    arm: Arm,
+    index: CocoIndex,
+    *,
+    label_to_category: Mapping[int, int] | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    workers: int = 0,
+    precision: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Score a detector on an index.
+
+    Args:
+        arm: The detector.
+        index: Images and annotations.
+        label_to_category: COCO category of each of the detector's labels, where they are not the index's own.
+        limit: Images to score; None for all.
+        batch_size: Images at a time.
+        workers: Loader processes.
+        precision: Autocast dtype.
+    """
+    plain, suppressed, targets = detect(
+        arm, CocoDataset(index), limit=limit, batch_size=batch_size, workers=workers, precision=precision
+    )
+    categories = dict(index.label_to_category if label_to_category is None else label_to_category)
+    ids = [int(target["image_id"]) for target in targets]
+    scores = [
+        coco_evaluate(index.annotations, coco_results(detections, ids, categories), image_ids=ids)
+        for detections in (plain, suppressed)
+    ]
+    # Duplicates are counted against targets, whose labels are the index's own.
+    own = {category: label for label, category in index.label_to_category.items()}
+    translation = {label: own.get(category, -1) for label, category in categories.items()}
+    reports = [
+        duplicate_report([_relabelled(d, translation) for d in detections], targets)
+        for detections in (plain, suppressed)
+    ]
+    return Evaluation(scores[0], scores[1], reports[0], reports[1], len(ids))
+
+
+def on_cpu(detection: Detection) -> Detection:
+    """The same detection on the CPU."""
+    return {
+        "boxes": detection["boxes"].cpu(),
+        "scores": detection["scores"].cpu(),
+        "labels": detection["labels"].cpu(),
+    }
+
+
+def _relabelled(detection: Detection, translation: Mapping[int, int]) -> Detection:
+    labels = [translation.get(label, -1) for label in detection["labels"].tolist()]
+    return {**detection, "labels": torch.tensor(labels, dtype=torch.int64)}
+
+
+def table(rows: Sequence[tuple[str, CocoScores, DuplicateReport]]) -> str:
+    """A table of AP, AP50, AP75, APs, APm, APl (per cent) and duplicates per found object."""
+    width = max(len(name) for name, *_ in rows)
+    head = f"{'':{width}}     AP   AP50   AP75    APs    APm    APl  duplicates"
+    lines = [head]
+    for name, s, duplicates in rows:
+        numbers = (s.ap, s.ap50, s.ap75, s.ap_small, s.ap_medium, s.ap_large)
+        cells = " ".join(f"{100 * value:6.1f}" for value in numbers)
+        lines.append(f"{name:{width}} {cells}  {duplicates.rate:10.3f}")
+    return "\n".join(lines).replace("   nan", "     –")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--data-path", type=Path, default=Path("data/demo"), help="COCO folder")
+    parser.add_argument("--val-annotations", default=None, help="file in annotations/ instead of instances_val[2017]")
+    parser.add_argument("--limit", type=int, default=None, help="images to score")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file for the numbers")
+    options = parser.parse_args(arguments)
+    try:
+        model, spec = load_model(options.run)
+        index = read_coco(*locate_split(options.data_path, "val", options.val_annotations))
+        model.to(options.device)
+        result = evaluate(
+            Arm(model, adapt(model), one_to_many=spec.one_to_many),
+            index,
+            label_to_category=spec.label_to_category,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            workers=options.workers,
+        )
+    except ValueError as error:  # everything that is the user's to mend
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(index.report)
+    print(table([("without NMS", result.plain, result.duplicates), ("with NMS", result.nms, result.duplicates_nms)]))
+    if options.output is not None:
+        write_json(options.output, {"spec": asdict(spec), "scores": result.as_dict()})
+        print(json.dumps({"written": str(options.output)}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,117 @@
+"""Detect objects in pictures with a finished run, and draw what was found.
+
+python examples/coco/predict.py --run runs/demo/student --output runs/demo/pictures data/demo/val
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import Arm
+from pictures import draw_predictions
+from PIL import Image
+from runs import RunError, load_model, write_json
+from torch import Tensor
+from torchvision.transforms import v2
+
+from crosskd_assign import Detection, adapt
+from crosskd_assign.diagnostics import one_to_many_detections
+
+__all__ = ["find_images", "main", "predict", "read_image"]
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Image files among ``paths`` and in the folders among them, sorted within each folder.
+
+    Raises:
+        RunError: A path does not exist, or there is no image at all.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise RunError(f"Expected pictures or folders, but got nothing there ({path}). Fix: check the path.")
+        found += [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise RunError(f"Expected pictures, but got none ({', '.join(map(str, paths))}). Fix: name a folder of images.")
+    return found
+
+
+def read_image(path: Path) -> Tensor:
+    """Pixels of an image file, ``(3, H, W)`` float32 in 0…1.
+
+    Raises:
+        RunError: It is no readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
+    except OSError as error:
+        raise RunError(f"Expected a readable image, but got {error} ({path}). Fix: replace or remove it.") from error
+    scaled: Tensor = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    return scaled
+
+
+def predict(arm: Arm, images: Sequence[Tensor], *, nms_threshold: float | None = None) -> list[Detection]:
+    """Detections of a few images, without NMS unless a threshold is given."""
+    predictions, batch = arm.predict(images)
+    return one_to_many_detections(arm.adapter, predictions, batch, nms_threshold=nms_threshold)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of them")
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--output", type=Path, required=True, help="folder for detections.json and pictures")
+    parser.add_argument("--score-threshold", type=float, default=0.3, help="leave out weaker detections (0.3)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (8)")
+    parser.add_argument("--limit", type=int, default=None, help="pictures to look at; default all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    options = parser.parse_args(arguments)
+    try:
+        paths = find_images(options.images)[: options.limit]
+        model, spec = load_model(options.run)
+        arm = Arm(model.to(options.device), adapt(model), one_to_many=spec.one_to_many).eval()
+        # Only a one-to-many detector needs it.
+        nms_threshold = 0.6 if spec.one_to_many else None
+        options.output.mkdir(parents=True, exist_ok=True)
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(paths), options.batch_size):
+            chunk = paths[start : start + options.batch_size]
+            images = [read_image(path) for path in chunk]
+            detections = predict(arm, [image.to(options.device) for image in images], nms_threshold=nms_threshold)
+            for path, image, detection in zip(chunk, images, detections, strict=True):
+                strong = _above(detection, options.score_threshold)
+                names = [spec.label_to_name.get(label, str(label)) for label in strong["labels"].tolist()]
+                boxes, scores = strong["boxes"].tolist(), strong["scores"].tolist()
+                rows.append({"image": str(path), "boxes": boxes, "scores": scores, "names": names})
+                title = f"{path.name}: {len(names)} found"
+                picture = options.output / f"{path.stem}.png"
+                draw_predictions(picture, [image], [(title, [strong])], spec.label_to_name, 0.0)
+        write_json(options.output / "detections.json", rows)
+    except ValueError as error:  # everything that is the user's to mend
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"pictures": len(rows), "objects": sum(len(r["names"]) for r in rows), "in": str(options.output)}))
+    return 0
+
+
+def _above(detection: Detection, threshold: float) -> Detection:
+    keep = (detection["scores"] >= threshold).cpu()
+    return {
+        "boxes": detection["boxes"].cpu()[keep],
+        "scores": detection["scores"].cpu()[keep],
+        "labels": detection["labels"].cpu()[keep],
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

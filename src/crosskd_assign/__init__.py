@@ -1,0 +1,35 @@
+"""NMS-free dense object detectors through cross-label-assignment knowledge distillation.
+
+``CrossHeadDistiller(student, teacher)`` trains like a torchvision detection model and, in evaluation mode, detects
+without non-maximum suppression.
+"""
+
+from . import diagnostics, errors, functional
+from .alignment import FeatureAligner
+from .assigner import TaskAwareOneToOneAssigner
+from .detectors import DetectorAdapter, adapt
+from .distiller import CrossHeadDistiller, Inheritance, inherit
+from .end_to_end import EndToEndDetector
+from .structures import Assignment, Batch, DensePredictions, Detection, GridLevel, Target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Assignment",
+    "Batch",
+    "CrossHeadDistiller",
+    "DensePredictions",
+    "Detection",
+    "DetectorAdapter",
+    "EndToEndDetector",
+    "FeatureAligner",
+    "GridLevel",
+    "Inheritance",
+    "Target",
+    "TaskAwareOneToOneAssigner",
+    "adapt",
+    "diagnostics",
+    "errors",
+    "functional",
+    "inherit",
+]

@@ -1,0 +1,175 @@
+"""The one positive point of every object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from .errors import OptionError, problem
+from .functional import task_aware_metric
+from .matching import Floats, Ints, grid_candidates, match_exact, match_greedy, nearest_free_point, point_candidates
+from .structures import Assignment, DensePredictions, Target
+from .validation import check_option, check_target_values
+
+__all__ = ["TaskAwareOneToOneAssigner"]
+
+Solver = Literal["exact", "greedy"]
+
+
+@dataclass(frozen=True)
+class TaskAwareOneToOneAssigner:
+    """Assigns to every box the one point that learns it: ``assigner(predictions, targets) -> Assignment``.
+
+    A point is worth m = σ(z)[class]^alpha · IoU(predicted box, box)^beta. Only points inside the box and within
+    ``center_radius`` strides of its centre compete, on every level. The result maximises Σ m over all one-to-one
+    matchings of an image. A box that is left over, because no point lies there or a crowd has used them up, takes the
+    nearest free point instead and is marked as ``fallback``: every box is matched while there are points.
+
+    Of equal metrics the lower point index wins. The result does not depend on the order of the boxes, on the other
+    images of the batch, or on the dtype of the predictions. Predictions that are not finite are passed over and
+    counted.
+
+    Attributes:
+        alpha: Exponent of the class score, at least 0.
+        beta: Exponent of the IoU, at least 0. For a single box only beta / alpha matters.
+        center_radius: Reach of the spatial prior, in strides of each level. 1.5 is FCOS's and POTO's centre sampling.
+        solver: "exact" maximises Σ m; "greedy" takes pairs in descending order of m.
+    """
+
+    alpha: float = 0.2
+    beta: float = 0.8
+    center_radius: float = 1.5
+    solver: Solver = "exact"
+
+    def __post_init__(self) -> None:
+        check_option("alpha", self.alpha, low=0)
+        check_option("beta", self.beta, low=0)
+        check_option("center_radius", self.center_radius, low=0)
+        if self.solver not in ("exact", "greedy"):
+            raise OptionError(
+                problem('solver "exact" or "greedy"', repr(self.solver), "constructor argument", "choose one")
+            )
+
+    @classmethod
+    def poto(cls, *, center_radius: float = 1.5, solver: Solver = "exact") -> Self:
+        """(0.2, 0.8), the default. Source: POTO, Wang et al., CVPR 2021."""
+        return cls(0.2, 0.8, center_radius, solver)
+
+    @classmethod
+    def task_aligned(cls, *, center_radius: float = 1.5, solver: Solver = "exact") -> Self:
+        """(1, 6). Source: TOOD, Feng et al., ICCV 2021."""
+        return cls(1.0, 6.0, center_radius, solver)
+
+    @classmethod
+    def yolo(cls, *, center_radius: float = 1.5, solver: Solver = "exact") -> Self:
+        """(0.5, 6). Source: the task-aligned assigner of YOLOv8 and YOLOv10."""
+        return cls(0.5, 6.0, center_radius, solver)
+
+    @torch.no_grad()
+    def __call__(self, predictions: DensePredictions, targets: Sequence[Target]) -> Assignment:
+        """Match the boxes of a batch.
+
+        Args:
+            predictions: Of N images.
+            targets: N targets, boxes in pixels of the batch image.
+
+        Returns:
+            The matched pairs, on the device of the predictions.
+
+        Raises:
+            TargetError: A box is inverted, empty or not finite, or a label has no class channel.
+        """
+        device = predictions.boxes.device
+        counts = [len(target["boxes"]) for target in targets]
+        if sum(counts) == 0:
+            nothing = torch.zeros(0, dtype=torch.int64, device=device)
+            return Assignment(nothing, nothing, nothing, nothing.float(), nothing.bool())
+
+        boxes = torch.cat([target["boxes"] for target in targets]).float()  # (B, 4)
+        labels = torch.cat([target["labels"] for target in targets])  # (B,)
+        image = np.repeat(np.arange(len(counts)), counts)  # (B,), known without asking the device
+        target = np.concatenate([np.arange(count) for count in counts])  # (B,)
+        point, metric = self._candidates(predictions, boxes, labels, torch.from_numpy(image).to(device))
+
+        # The only transfer to the host. float64 holds indices and float32 values exactly.
+        k = point.shape[1]
+        host = torch.cat([x.double() for x in (metric, point, boxes, labels[:, None])], dim=1).cpu().numpy()
+        host_metric, host_point, host_boxes = host[:, :k], host[:, k : 2 * k].astype(np.int64), host[:, 2 * k : -1]
+        host_labels = host[:, -1].astype(np.int64)
+        check_target_values(host_boxes, host_labels, image, target, predictions.logits.shape[-1])
+
+        num_points = len(predictions.points)
+        # A fixed order of the boxes makes the outcome independent of the order they came in.
+        order = np.lexsort((host_labels, *host_boxes.T[::-1], image))
+        chosen, value, fallback = self._match(
+            host_metric[order], host_point[order], host_boxes[order], image[order], predictions
+        )
+        restore = np.argsort(order)
+        chosen, value, fallback = chosen[restore], value[restore], fallback[restore]
+        matched = chosen >= 0
+        pairs = np.stack([image, chosen % num_points, target, fallback])[:, matched]
+        packed = torch.from_numpy(np.concatenate([pairs, value[None, matched]])).to(device)
+        image_index, point_index, target_index, is_fallback = packed[:4].long()
+        return Assignment(
+            image_index,
+            point_index,
+            target_index,
+            packed[4].float(),
+            is_fallback.bool(),
+            unmatched=int((~matched).sum()),
+            non_finite=int(np.isnan(host_metric).sum()),
+        )
+
+    def _candidates(
+        self, predictions: DensePredictions, boxes: Tensor, labels: Tensor, image: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``point (B, K)`` and ``metric (B, K)``: −1 outside the prior, NaN where the prediction is not finite."""
+        if predictions.levels is not None:
+            point, valid = grid_candidates(boxes, predictions.levels, self.center_radius)
+        else:
+            point, valid = point_candidates(boxes, predictions.points, predictions.strides, self.center_radius)
+        # Labels are checked on the host afterwards; until then an index must not run out of bounds.
+        channel = labels.clamp(0, predictions.logits.shape[-1] - 1)
+        logits = predictions.logits[image[:, None], point, channel[:, None]].float()  # (B, K)
+        predicted = predictions.boxes[image[:, None], point].float()  # (B, K, 4)
+        metric = task_aware_metric(logits, predicted, boxes[:, None], alpha=self.alpha, beta=self.beta)
+        finite = logits.isfinite() & predicted.isfinite().all(dim=-1)
+        return point, torch.where(valid, torch.where(finite, metric, torch.nan), -1.0)
+
+    def _match(
+        self, metric: Floats, point: Ints, boxes: Floats, image: Ints, predictions: DensePredictions
+    ) -> tuple[Ints, Floats, Ints]:
+        """Column (image · A + point, −1 if none), metric and fallback flag of each of B boxes."""
+        num_points = len(predictions.points)
+        column = point + image[:, None] * num_points
+        usable = np.nan_to_num(metric, nan=-1.0)
+        choice = (match_exact if self.solver == "exact" else match_greedy)(usable, column)
+        rows = np.arange(len(boxes))
+        chosen = np.where(choice >= 0, column[rows, choice], -1)
+        value = np.where(choice >= 0, usable[rows, choice], 0.0)
+        fallback = np.zeros(len(boxes), dtype=np.int64)
+        left_over = np.flatnonzero(choice < 0)
+        if len(left_over) == 0:
+            return chosen, value, fallback
+
+        points = predictions.points.double().cpu().numpy()  # only now: left-over boxes are rare
+        taken = set(chosen[chosen >= 0].tolist())
+        for b in left_over:
+            # Points inside the prior that predict no overlap yet are still better than points outside it.
+            free = [c for c in column[b, usable[b] == 0].tolist() if c not in taken]
+            if free:
+                chosen[b] = free[0]
+            else:
+                first = image[b] * num_points
+                own = np.array([c - first for c in taken if 0 <= c - first < num_points], dtype=np.int64)
+                nearest = nearest_free_point(points, (boxes[b, :2] + boxes[b, 2:]) / 2, own)
+                chosen[b], fallback[b] = (first + nearest, 1) if nearest >= 0 else (-1, 0)
+            if chosen[b] >= 0:
+                taken.add(int(chosen[b]))
+        return chosen, value, fallback

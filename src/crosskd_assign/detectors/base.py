@@ -1,0 +1,156 @@
+"""What the library needs to know of a detector."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DetectorError, problem
+from ..geometry import clip, scale
+from ..structures import Batch, DensePredictions, Detection, Target
+
+__all__ = ["DetectorAdapter", "PyramidLevel"]
+
+PROBE_SIZE = 256  # pixels; a multiple of every usual stride, so that measured strides are exact
+
+
+@dataclass(frozen=True)
+class PyramidLevel:
+    """Channels and stride (pixels) of one feature level."""
+
+    channels: int
+    stride: float
+
+
+class DetectorAdapter(nn.Module, ABC):
+    """A dense detector, seen as three steps: ``preprocess → features → head``.
+
+    Two methods make an adapter, `features` and `head`. The rest has a default that suits detectors which take any image
+    size. The wrapped network stays available, unchanged, as ``adapter.model``.
+
+    Contract:
+        - `features` normalises ``batch.images`` itself (call `normalize`), because two detectors with different
+          normalisation share one batch.
+        - `head` reads nothing but its arguments, so that it can be run on another detector's features, and returns
+          boxes in pixels of the batch image in training and evaluation mode alike.
+        - Class channel c of the logits belongs to label c of the targets.
+
+    Args:
+        model: The network.
+        image_mean: Per-channel mean of its input normalisation, for pixels in 0…1.
+        image_std: Per-channel standard deviation of its input normalisation.
+        size_divisible: Images are padded to a multiple of this many pixels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_mean: Sequence[float] = (0.0, 0.0, 0.0),
+        image_std: Sequence[float] = (1.0, 1.0, 1.0),
+        size_divisible: int = 32,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.size_divisible = size_divisible
+        self.image_mean: Tensor
+        self.image_std: Tensor
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
+
+    @abstractmethod
+    def features(self, batch: Batch) -> list[Tensor]:
+        """Feature pyramid of a batch: L maps ``(N, *, H, W)``, the ones `head` starts from."""
+
+    @abstractmethod
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        """Predictions on a feature pyramid, this detector's own or another's of the same shape."""
+
+    def preprocess(
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
+    ) -> tuple[Batch, list[Target] | None]:
+        """Bring images to one shape, and targets along with them.
+
+        The default does not resize: it pads to the largest height and width, rounded up to ``size_divisible``.
+
+        Args:
+            images: N tensors ``(3, H, W)`` in 0…1.
+            targets: N targets in pixels of these images.
+
+        Returns:
+            The batch, and targets in pixels of the batch image.
+        """
+        sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
+        return (
+            Batch(self.pad(images), sizes, sizes),
+            None if targets is None else list(targets),
+        )
+
+    def pad(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        """Stack images to ``(N, 3, H, W)``, padded with zeros at the right and the bottom."""
+        if isinstance(images, Tensor) and not any(s % self.size_divisible for s in images.shape[-2:]):
+            return images
+        d = self.size_divisible
+        height = -(-max(image.shape[-2] for image in images) // d) * d
+        width = -(-max(image.shape[-1] for image in images) // d) * d
+        return torch.stack(
+            [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
+        )
+
+    def normalize(self, batch: Batch) -> Tensor:
+        """``(images − mean) / std`` with the padding at zero, as networks that normalise before padding see it."""
+        x = (batch.images - self.image_mean) / self.image_std
+        height, width = x.shape[-2:]
+        for i, (h, w) in enumerate(batch.sizes):
+            if h < height:
+                x[i, :, h:] = 0
+            if w < width:
+                x[i, :, :, w:] = 0
+        return x
+
+    def restore(self, detections: list[Detection], batch: Batch) -> list[Detection]:
+        """Clip detections to their images and carry them to the coordinates of the images that came in."""
+        restored: list[Detection] = []
+        for detection, size, original in zip(detections, batch.sizes, batch.original_sizes, strict=True):
+            boxes = clip(detection["boxes"], size)
+            restored.append({**detection, "boxes": boxes if size == original else scale(boxes, size, original)})
+        return restored
+
+    def trunk(self) -> nn.Module:
+        """Backbone and neck: what `inherit` copies. Override it when the model keeps them in a module of their own."""
+        return self.model
+
+    def unused_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters that one-to-one training leaves without a gradient, such as a centerness branch."""
+        return ()
+
+    @torch.no_grad()
+    def pyramid(self) -> list[PyramidLevel]:
+        """Channels and strides of the feature levels, measured on one blank image without touching any state.
+
+        Raises:
+            DetectorError: `features` does not return a list of 4-dimensional maps.
+        """
+        parameter = next(self.model.parameters(), None)
+        device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
+        image = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype)
+        size = ((PROBE_SIZE, PROBE_SIZE),)
+        modes = {module: module.training for module in self.modules()}
+        self.eval()  # batch-norm statistics must not see the blank image
+        try:
+            features = self.features(Batch(image, size, size))
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        for i, x in enumerate(features):
+            if not isinstance(x, Tensor) or x.dim() != 4:
+                got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                fix = "return the pyramid as a list of maps"
+                where = f"{type(self).__name__}.features()[{i}]"
+                raise DetectorError(problem("a map of shape (N, *, H, W)", got, where, fix))
+        return [PyramidLevel(x.shape[1], PROBE_SIZE / x.shape[-1]) for x in features]

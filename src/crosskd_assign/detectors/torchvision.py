@@ -1,0 +1,129 @@
+"""Adapters of torchvision's FCOS and RetinaNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, RetinaNet
+
+from ..geometry import at_least_float32
+from ..structures import Batch, DensePredictions, GridLevel, Target
+from .base import DetectorAdapter
+
+__all__ = ["FCOSAdapter", "RetinaNetAdapter"]
+
+_ANCHOR_CACHE_SIZE = 64  # distinct image shapes; multi-scale training meets a few dozen
+
+
+class _TorchvisionAdapter(DetectorAdapter):
+    """What FCOS and RetinaNet share: the transform inside the model, the backbone, and anchors on a grid."""
+
+    def __init__(self, model: FCOS | RetinaNet) -> None:
+        transform = model.transform
+        super().__init__(
+            model,
+            image_mean=transform.image_mean,
+            image_std=transform.image_std,
+            size_divisible=transform.size_divisible,
+        )
+        self.model: FCOS | RetinaNet
+        self._anchors: dict[tuple[tuple[GridLevel, ...], torch.device], Tensor] = {}
+
+    def preprocess(
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
+    ) -> tuple[Batch, list[Target] | None]:
+        """Resize as the model's own transform does, then pad; normalisation is left to `features`."""
+        resized: list[Tensor] = []
+        moved: list[Target] = []
+        for i, image in enumerate(images):
+            target = None if targets is None else dict(targets[i])
+            small, small_target = self.model.transform.resize(image, target)
+            resized.append(small)
+            moved.append(small_target)
+        sizes = tuple((image.shape[-2], image.shape[-1]) for image in resized)
+        original_sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
+        return Batch(self.pad(resized), sizes, original_sizes), None if targets is None else moved
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """The feature pyramid of the model's backbone."""
+        features = self.model.backbone(self.normalize(batch))
+        return [features] if isinstance(features, Tensor) else list(features.values())
+
+    def trunk(self) -> nn.Module:
+        """Backbone and feature pyramid network, which torchvision keeps together."""
+        backbone: nn.Module = self.model.backbone
+        return backbone
+
+    def _grid(self, features: list[Tensor], batch: Batch) -> tuple[GridLevel, ...]:
+        """The grids of torchvision's anchors: first point at 0, steps of image size // map size, differing per axis."""
+        image_height, image_width = batch.images.shape[-2:]
+        levels = []
+        for feature, size, anchors in zip(
+            features,
+            self.model.anchor_generator.sizes,
+            self.model.anchor_generator.num_anchors_per_location(),
+            strict=True,
+        ):
+            height, width = feature.shape[-2:]
+            step = (float(image_width // width), float(image_height // height))
+            levels.append(GridLevel(height, width, self._stride(step, size), step, (0.0, 0.0), anchors))
+        return tuple(levels)
+
+    def _stride(self, step: tuple[float, float], anchor_sizes: Sequence[float]) -> float:
+        return max(step)
+
+    def _anchor_boxes(self, levels: tuple[GridLevel, ...], device: torch.device) -> Tensor:
+        """Anchors ``(A, 4)`` in float32; torchvision would make them in the dtype of the features, even bfloat16."""
+        key = (levels, device)
+        anchors = self._anchors.get(key)
+        if anchors is None:
+            with torch.inference_mode(False), torch.no_grad():  # a cached inference tensor could not be trained with
+                generator = self.model.anchor_generator
+                anchors = torch.cat(
+                    [
+                        level.points(device).repeat(1, 2)
+                        + generator.generate_anchors(sizes, ratios, device=device).repeat(level.height * level.width, 1)
+                        for level, sizes, ratios in zip(levels, generator.sizes, generator.aspect_ratios, strict=True)
+                    ]
+                )
+            if not torch.compiler.is_compiling():
+                if len(self._anchors) >= _ANCHOR_CACHE_SIZE:
+                    self._anchors.clear()
+                self._anchors[key] = anchors
+        return anchors
+
+
+class FCOSAdapter(_TorchvisionAdapter):
+    """torchvision's FCOS. Its centerness is `DensePredictions.quality`; one-to-one training does not use it."""
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        """Run the head and decode its distances, in float32 at least."""
+        output = self.model.head(features)
+        levels = self._grid(features, batch)
+        distances = at_least_float32(output["bbox_regression"])
+        boxes = self.model.box_coder.decode(distances, self._anchor_boxes(levels, distances.device))
+        return DensePredictions.on_grid(output["cls_logits"], boxes, levels, output["bbox_ctrness"].squeeze(-1))
+
+    def unused_parameters(self) -> Iterable[nn.Parameter]:
+        """The centerness convolution: the score of a one-to-one detector is its class score alone."""
+        parameters: Iterable[nn.Parameter] = self.model.head.regression_head.bbox_ctrness.parameters()
+        return parameters
+
+    def _stride(self, step: tuple[float, float], anchor_sizes: Sequence[float]) -> float:
+        return float(anchor_sizes[0])  # FCOS's anchors are as large as the stride, and its radius counts in them
+
+
+class RetinaNetAdapter(_TorchvisionAdapter):
+    """torchvision's RetinaNet: several anchors at each grid point, no quality branch."""
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        """Run the head and decode its anchor offsets, in float32 at least."""
+        output = self.model.head(features)
+        levels = self._grid(features, batch)
+        offsets = at_least_float32(output["bbox_regression"])
+        n = len(offsets)
+        anchors = self._anchor_boxes(levels, offsets.device).to(offsets.dtype).repeat(n, 1)
+        boxes = self.model.box_coder.decode_single(offsets.reshape(-1, 4), anchors).reshape(n, -1, 4)
+        return DensePredictions.on_grid(output["cls_logits"], boxes, levels)

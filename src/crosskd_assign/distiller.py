@@ -1,0 +1,314 @@
+"""Cross-label-assignment knowledge distillation: a one-to-many teacher's frozen head judges a student's features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from . import functional
+from .alignment import Alignment, FeatureAligner
+from .detectors import DetectorAdapter, PyramidLevel, adapt
+from .end_to_end import EndToEndDetector
+from .errors import IncompatibleDetectorsError, MissingTeacherError, problem
+from .structures import Batch, DensePredictions, Detection, Target
+from .validation import check_images, check_option, check_predictions, check_targets
+
+__all__ = ["CrossHeadDistiller", "Inheritance", "inherit"]
+
+
+class CrossHeadDistiller(nn.Module):
+    """Trains a one-to-one student with the help of a one-to-many teacher; behaves like a torchvision detection model.
+
+    The student's feature pyramid, aligned to the teacher's, goes through the teacher's frozen head. What that head says
+    there is pulled towards what it says on the teacher's own features, while the student's own head learns one-to-one
+    assignment alone. In training mode ``distiller(images, targets)`` returns a dict of weighted losses to be summed; in
+    evaluation mode ``distiller(images)`` returns NMS-free detections of the student.
+
+    The teacher is frozen and in evaluation mode from construction on, whatever ``.train()`` says. It follows ``.to()``,
+    ``.half()`` and their kin, but is no part of ``parameters()``, ``state_dict()``, copies and pickles: those hold the
+    student and, where channels differ, the 1 × 1 convolutions between the two. Save the student alone with
+    ``distiller.detector.model.state_dict()``.
+
+    Args:
+        student: torchvision's FCOS or RetinaNet, a `DetectorAdapter`, or an `EndToEndDetector` with options of its own.
+        teacher: A trained one-to-many detector, torchvision's or a `DetectorAdapter`. Its class space may differ from
+            the student's. It is frozen in place.
+        classification_weight: Weight of the cross-head classification loss, at least 0.
+        box_weight: Weight of the cross-head box loss, at least 0.
+        quality_weight: Weight of the cross-head quality loss (centerness, objectness), at least 0; off by default.
+        gamma: Exponent of the classification loss, 0 or at least 1.
+        confidence_threshold: Teacher confidence from which a point counts in the normaliser, 0…1.
+        alignment: "statistics" or "none"; see `FeatureAligner`.
+
+    Raises:
+        IncompatibleDetectorsError: The two share no level, are one and the same, or share parameters.
+
+    Attributes:
+        detector: The student as an `EndToEndDetector`: the thing to deploy.
+        distillation_weight: Factor on all distillation losses, 1 at first; set it from a training loop to warm up or
+            decay.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | DetectorAdapter | EndToEndDetector,
+        teacher: nn.Module | DetectorAdapter,
+        *,
+        classification_weight: float = 1.0,
+        box_weight: float = 1.0,
+        quality_weight: float = 0.0,
+        gamma: float = 1.0,
+        confidence_threshold: float = 0.05,
+        alignment: Alignment = "statistics",
+    ) -> None:
+        super().__init__()
+        check_option("classification_weight", classification_weight, low=0)
+        check_option("box_weight", box_weight, low=0)
+        check_option("quality_weight", quality_weight, low=0)
+        check_option("confidence_threshold", confidence_threshold, low=0, high=1)
+        if gamma != 0:
+            check_option("gamma", gamma, low=1)  # between 0 and 1 the gradient is infinite where both heads agree
+        self.detector = student if isinstance(student, EndToEndDetector) else EndToEndDetector(student)
+        self._teacher: tuple[DetectorAdapter] | None = None
+        self.attach_teacher(teacher)
+        self._student_levels, self._teacher_levels, pairs = _shared_levels(
+            self.detector.adapter.pyramid(), self.teacher.pyramid()
+        )
+        self.aligner = FeatureAligner([s.channels for s, _ in pairs], [t.channels for _, t in pairs], alignment)
+        parameter = next(self.detector.parameters(), None)
+        if parameter is not None:
+            self.aligner.to(device=parameter.device, dtype=parameter.dtype)
+        self.classification_weight = classification_weight
+        self.box_weight = box_weight
+        self.quality_weight = quality_weight
+        self.gamma = gamma
+        self.confidence_threshold = confidence_threshold
+        self.distillation_weight = 1.0
+
+    # --- the teacher, present but not a part -------------------------------------------------------------------------
+
+    @property
+    def teacher(self) -> DetectorAdapter:
+        """The frozen teacher.
+
+        Raises:
+            MissingTeacherError: This distiller is a copy or was unpickled.
+        """
+        if self._teacher is None:
+            fix = "call distiller.attach_teacher(teacher), or use distiller.detector, which needs none"
+            raise MissingTeacherError(problem("a teacher", "none: copies and pickles leave it behind", "teacher", fix))
+        return self._teacher[0]
+
+    def attach_teacher(self, teacher: nn.Module | DetectorAdapter) -> Self:
+        """Freeze ``teacher`` and distil from it; needed after copying or unpickling a distiller.
+
+        Raises:
+            IncompatibleDetectorsError: It shares parameters with the student.
+        """
+        adapter = adapt(teacher)
+        own = {id(parameter) for parameter in self.detector.parameters()}
+        shared = [name for name, parameter in adapter.named_parameters() if id(parameter) in own]
+        if shared:
+            fix = "build teacher and student separately, e.g. with copy.deepcopy"
+            got = f"{len(shared)} shared parameters, the first {shared[0]}"
+            raise IncompatibleDetectorsError(problem("a teacher of its own", got, "teacher", fix))
+        # In a tuple, nn.Module does not register it.
+        self._teacher = (adapter.eval().requires_grad_(False),)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._teacher is not None:
+            self._teacher[0]._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_teacher": None}
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    @overload
+    def forward(self, images: Sequence[Tensor] | Tensor) -> list[Detection]: ...
+
+    @overload
+    def forward(
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None
+    ) -> dict[str, Tensor] | list[Detection]: ...
+
+    def forward(
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
+    ) -> dict[str, Tensor] | list[Detection]:
+        """Losses in training mode, detections of the student in evaluation mode.
+
+        Args:
+            images: N tensors ``(3, H, W)`` in 0…1, of any sizes.
+            targets: In training mode, N targets.
+
+        Returns:
+            In training mode ``"classification"`` and ``"bbox_regression"`` of the student, and
+            ``"distill_classification"``, ``"distill_bbox_regression"`` and, if weighted, ``"distill_quality"``.
+
+        Raises:
+            ImageError: Images are not float ``(3, H, W)`` tensors.
+            TargetError: Targets cannot be trained on.
+            MissingTeacherError: In training mode, without a teacher.
+        """
+        if not self.training:
+            return self.detector(images)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        check_images(images)
+        check_targets(targets, images)
+        student = self.detector.adapter
+        batch, moved = student.preprocess(images, targets)
+        features = student.features(batch)
+        predictions = self.detector.predict(features, batch)
+        losses = self.detector.losses(predictions, moved or [])
+        return losses | self.distillation_losses(features, predictions, batch)
+
+    def distillation_losses(
+        self, features: list[Tensor], predictions: DensePredictions, batch: Batch
+    ) -> dict[str, Tensor]:
+        """The weighted distillation losses; what a subclass overrides to distil in another way.
+
+        Args:
+            features: The student's pyramid.
+            predictions: What the student's own head says on it; cross-head distillation leaves that head alone.
+            batch: What the pyramid was made from.
+        """
+        del predictions
+        teacher, cross = self.cross(features, batch)
+        return self.compare(cross, teacher)
+
+    def cross(self, features: list[Tensor], batch: Batch) -> tuple[DensePredictions, DensePredictions]:
+        """What the teacher's head says on its own features, and what it says on the student's, with a graph.
+
+        Args:
+            features: The student's pyramid.
+            batch: What it was made from.
+        """
+        with torch.no_grad():
+            teacher_features = self.teacher_features(batch)
+            on_teacher = self.teacher.head(list(teacher_features), batch)
+        where = f"teacher {type(self.teacher).__name__}.head()"
+        check_predictions(on_teacher, where=where, images=len(batch.images))
+        return on_teacher, self.teacher.head(self.align(features, teacher_features), batch)
+
+    def teacher_features(self, batch: Batch) -> list[Tensor]:
+        """The teacher's pyramid, without a graph."""
+        if self.teacher.training:
+            self.teacher.eval()  # somebody reached in; drifting batch-norm statistics would go unnoticed
+        with torch.no_grad():
+            return self.teacher.features(batch)
+
+    def align(self, features: list[Tensor], teacher_features: list[Tensor]) -> list[Tensor]:
+        """The student's pyramid in the form of the teacher's.
+
+        A level that the student lacks is filled with the teacher's own: predictions agree there, and it adds nothing to
+        a loss.
+        """
+        aligned = self.aligner(
+            [features[i] for i in self._student_levels], [teacher_features[i] for i in self._teacher_levels]
+        )
+        pyramid = list(teacher_features)
+        for i, x in zip(self._teacher_levels, aligned, strict=True):
+            pyramid[i] = x
+        return pyramid
+
+    def compare(self, predictions: DensePredictions, teacher: DensePredictions) -> dict[str, Tensor]:
+        """The weighted losses that pull predictions towards the teacher's."""
+        confidence = functional.teacher_confidence(teacher.logits)
+        normalizer = functional.distillation_normalizer(confidence, self.confidence_threshold)
+        losses: dict[str, Tensor] = {}
+        if self.classification_weight > 0:
+            losses["distill_classification"] = self.classification_weight * (
+                functional.cross_head_classification_loss(
+                    predictions.logits, teacher.logits, normalizer=normalizer, gamma=self.gamma
+                )
+            )
+        if self.box_weight > 0:
+            losses["distill_bbox_regression"] = self.box_weight * functional.cross_head_box_loss(
+                predictions.boxes, teacher.boxes, confidence, normalizer=normalizer
+            )
+        if self.quality_weight > 0 and predictions.quality is not None and teacher.quality is not None:
+            losses["distill_quality"] = self.quality_weight * functional.cross_head_quality_loss(
+                predictions.quality, teacher.quality, confidence, normalizer=normalizer
+            )
+        return {name: self.distillation_weight * loss for name, loss in losses.items()}
+
+    def extra_repr(self) -> str:
+        """Shown by ``repr``: the teacher, too, although it is no submodule."""
+        if self._teacher is None:
+            return "teacher=None"
+        model = self.teacher.model
+        size = sum(parameter.numel() for parameter in model.parameters())
+        return f"teacher={type(model).__name__} ({size / 1e6:.1f} M parameters, frozen)"
+
+
+def _shared_levels(
+    student: list[PyramidLevel], teacher: list[PyramidLevel]
+) -> tuple[list[int], list[int], list[tuple[PyramidLevel, PyramidLevel]]]:
+    """Indices of the levels of equal stride in both pyramids, and the levels themselves."""
+    by_stride = {level.stride: i for i, level in enumerate(teacher)}
+    pairs = [(i, by_stride[level.stride]) for i, level in enumerate(student) if level.stride in by_stride]
+    if not pairs:
+        got = f"student {[s.stride for s in student]} and teacher {[t.stride for t in teacher]}"
+        fix = "build both on pyramids that share at least one level"
+        raise IncompatibleDetectorsError(problem("a common stride in both pyramids", got, "feature levels", fix))
+    student_index, teacher_index = [i for i, _ in pairs], [j for _, j in pairs]
+    return student_index, teacher_index, [(student[i], teacher[j]) for i, j in pairs]
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """What `inherit` did: names of copied tensors, and of those left alone with the reason."""
+
+    copied: tuple[str, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        text = f"inherited {len(self.copied)} tensors"
+        if self.skipped:
+            name, reason = next(iter(self.skipped.items()))
+            text += f", left {len(self.skipped)} (the first: {name}, {reason})"
+        return text
+
+
+@torch.no_grad()
+def inherit(student: nn.Module | DetectorAdapter, teacher: nn.Module | DetectorAdapter) -> Inheritance:
+    """Copy what fits of the teacher's backbone and neck into the student: same name, same shape.
+
+    A one-to-one student is starved of positives and gains from a start; its head is not touched, because a one-to-many
+    head would begin with many high scores an object.
+
+    Args:
+        student: torchvision's FCOS or RetinaNet, or a `DetectorAdapter` (its ``trunk()`` is what is copied into).
+        teacher: Likewise.
+
+    Returns:
+        What was copied and what was not.
+
+    Raises:
+        IncompatibleDetectorsError: Nothing fits.
+    """
+    source = adapt(teacher).trunk().state_dict()
+    target = adapt(student).trunk().state_dict()
+    copied: list[str] = []
+    skipped: dict[str, str] = {}
+    for name, value in target.items():
+        if name not in source:
+            skipped[name] = "the teacher has none"
+        elif source[name].shape != value.shape:
+            skipped[name] = f"{tuple(value.shape)} here, {tuple(source[name].shape)} in the teacher"
+        else:
+            value.copy_(source[name])
+            copied.append(name)
+    if not copied:
+        got = f"none of the student's {len(target)} tensors"
+        fix = "build the student with the teacher's backbone family, or leave inheritance out"
+        raise IncompatibleDetectorsError(problem("tensors of equal name and shape", got, "inherit", fix))
+    return Inheritance(tuple(copied), skipped)

@@ -1,0 +1,209 @@
+"""Candidate points of boxes, and one-to-one matching among them. Tensors or arrays in, indices out.
+
+Points of different images never compete: a *column* is a point numbered through the whole batch (image · A + point), so
+that one call solves all images.
+
+Why the exact solver hardly ever solves anything. Let every box take its best column. The sum of these is an upper bound
+of any matching, so where no two boxes want the same column it *is* the optimum. Otherwise only the contested boxes are
+solved exactly among themselves; if their solution takes no column that another box has chosen, the bound
+Σ best(others) + optimum(contested) is attained, and the whole is optimal. If it does take one, that other box is
+contested too and joins. Within a group of R boxes a box never needs its (R + 1)-th best column: of its R best at least
+one is left free by the R − 1 others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from .structures import GridLevel
+
+__all__ = ["grid_candidates", "match_exact", "match_greedy", "nearest_free_point", "point_candidates"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+# --- the spatial prior: points inside the box and within `radius` strides of its centre -----------------------------
+
+
+def grid_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float) -> tuple[Tensor, Tensor]:
+    """Candidate points on regular grids, by arithmetic: the cost depends on the boxes, not on the image.
+
+    Args:
+        boxes: ``(B, 4)``.
+        levels: The grids, in the order in which points are numbered.
+        radius: Reach of the prior around the box centre, in strides.
+
+    Returns:
+        ``point (B, K)`` int64, ascending in each row, and ``valid (B, K)`` bool; where not valid, the point is 0.
+    """
+    corners = boxes.double()  # exact for float32 boxes: the borders of the prior are open
+    points, valids, start = [], [], 0
+    for level in levels:
+        x, x_inside = _window(corners[:, 0], corners[:, 2], level, 0, radius)  # (B, kx)
+        y, y_inside = _window(corners[:, 1], corners[:, 3], level, 1, radius)  # (B, ky)
+        cell = y[:, :, None] * level.width + x[:, None, :]  # (B, ky, kx)
+        inside = y_inside[:, :, None] & x_inside[:, None, :]
+        anchor = torch.arange(level.anchors, device=boxes.device)
+        point = start + cell[..., None] * level.anchors + anchor  # (B, ky, kx, anchors)
+        points.append(point.flatten(1))
+        valids.append(inside[..., None].expand_as(point).flatten(1))
+        start += len(level)
+    valid = torch.cat(valids, dim=1)
+    return torch.cat(points, dim=1) * valid, valid
+
+
+def _window(low: Tensor, high: Tensor, level: GridLevel, axis: int, radius: float) -> tuple[Tensor, Tensor]:
+    """Grid indices along one axis that lie inside ``(low, high)`` and within reach of its middle: ``(B, k)`` twice."""
+    step, origin, size = level.step[axis], level.origin[axis], (level.width, level.height)[axis]
+    reach = radius * level.stride
+    middle = (low + high) / 2
+    first = torch.floor((middle - reach - origin) / step) + 1
+    count = max(1, math.ceil(2 * reach / step))  # an open interval never holds more grid points
+    index = first[:, None] + torch.arange(count, device=low.device)
+    position = index * step + origin
+    inside = (position - middle[:, None]).abs() < reach
+    inside &= (position > low[:, None]) & (position < high[:, None]) & (index >= 0) & (index < size)
+    return torch.where(inside, index, 0).long(), inside
+
+
+def point_candidates(
+    boxes: Tensor, points: Tensor, strides: Tensor, radius: float, *, chunk: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Candidate points of an arbitrary point set; as `grid_candidates`, but compares every box with every point.
+
+    Args:
+        boxes: ``(B, 4)``.
+        points: ``(A, 2)``.
+        strides: ``(A,)``.
+        radius: Reach of the prior around the box centre, in strides.
+        chunk: Boxes compared at once, which bounds the memory.
+
+    Returns:
+        ``point (B, K)`` and ``valid (B, K)`` as `grid_candidates`, K the most candidates any box has.
+    """
+    rows, columns = [], []
+    position, reach = points.double(), radius * strides.double()  # (A, 2), (A,)
+    for start in range(0, len(boxes), chunk):
+        corners = boxes[start : start + chunk, None].double()  # (b, 1, 4)
+        middle = (corners[..., :2] + corners[..., 2:]) / 2
+        inside = (position > corners[..., :2]) & (position < corners[..., 2:])
+        inside &= (position - middle).abs() < reach[:, None]
+        row, column = inside.all(dim=-1).nonzero(as_tuple=True)
+        rows.append(row + start)
+        columns.append(column)
+    row, column = torch.cat(rows), torch.cat(columns)
+    counts = torch.bincount(row, minlength=len(boxes))
+    slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    point = boxes.new_zeros((len(boxes), max(1, int(counts.max()))), dtype=torch.int64)
+    point[row, slot] = column
+    return point, torch.arange(point.shape[1], device=row.device) < counts[:, None]
+
+
+def nearest_free_point(points: Floats, center: Floats, taken: Ints) -> int:
+    """Index of the point ``(A, 2)`` nearest to ``center (2,)`` and not ``taken``; −1 if all are. Ties: lower index."""
+    if len(taken) >= len(points):
+        return -1
+    distance = ((points - center) ** 2).sum(axis=1)
+    distance[taken] = np.inf
+    return int(distance.argmin())
+
+
+# --- one-to-one matching ---------------------------------------------------------------------------------------------
+
+
+def match_exact(metric: Floats, column: Ints) -> Ints:
+    """The matching with the greatest sum of metrics.
+
+    Args:
+        metric: ``(B, K)``; only pairs with a metric above 0 can be matched.
+        column: ``(B, K)`` distinct columns in each row.
+
+    Returns:
+        ``(B,)`` index into K, −1 for boxes that the optimum leaves unmatched. Of equal metrics of a box the first wins.
+    """
+    rows = np.arange(len(metric))
+    choice: Ints = metric.argmax(axis=1)
+    wants = metric[rows, choice] > 0
+    choice[~wants] = -1
+    favourite = column[rows, choice]
+    contested = wants & _repeated(favourite, wants)
+    while contested.any():
+        group = np.flatnonzero(contested)
+        choice[group] = _match_group(metric[group], column[group])
+        solved = group[choice[group] >= 0]
+        robbed = wants & ~contested & np.isin(favourite, column[solved, choice[solved]])
+        if not robbed.any():
+            break
+        contested |= robbed
+    return choice
+
+
+def match_greedy(metric: Floats, column: Ints) -> Ints:
+    """Best metric first: what sorting all pairs and taking each whose box and column are both free would give.
+
+    Every box asks for its best column, each column keeps the best of those who ask, the others ask for their next. The
+    result is the sorted order's because both sides rank a pair by the same number. Arguments and result as
+    `match_exact`; of equal metrics the first box wins.
+    """
+    remaining = metric.copy()
+    rows = np.arange(len(metric))
+    while True:
+        choice: Ints = remaining.argmax(axis=1)
+        value = remaining[rows, choice]
+        asking = np.flatnonzero(value > 0)
+        order = asking[np.lexsort((asking, -value[asking], column[asking, choice[asking]]))]
+        wanted = column[order, choice[order]]
+        losers = order[1:][wanted[1:] == wanted[:-1]]
+        if len(losers) == 0:
+            choice[value <= 0] = -1
+            return choice
+        remaining[losers, choice[losers]] = -1
+
+
+def _repeated(values: Ints, where: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of ``values``, among those ``where`` holds, occur more than once."""
+    repeated = np.zeros(len(values), dtype=bool)
+    _, inverse, counts = np.unique(values[where], return_inverse=True, return_counts=True)
+    repeated[where] = counts[inverse] > 1
+    return repeated
+
+
+def _match_group(metric: Floats, column: Ints) -> Ints:
+    """Exact matching of boxes that compete: one assignment problem for each connected component."""
+    choice = np.full(len(metric), -1)
+    names, edges = np.unique(column, return_inverse=True)
+    row, slot = np.nonzero(metric > 0)
+    edge = len(metric) + edges.reshape(column.shape)[row, slot]
+    size = len(metric) + len(names)
+    graph = coo_array((np.ones(len(row), dtype=np.int8), (row, edge)), shape=(size, size))
+    _, component = connected_components(graph, directed=False)
+    for label in np.unique(component[: len(metric)]):
+        members = np.flatnonzero(component[: len(metric)] == label)
+        choice[members] = _solve(metric[members], column[members])
+    return choice
+
+
+def _solve(metric: Floats, column: Ints) -> Ints:
+    """`scipy.optimize.linear_sum_assignment` on the R best columns of R boxes."""
+    best = np.argsort(-metric, axis=1, kind="stable")[:, : len(metric)]  # (R, ≤ R)
+    value = np.take_along_axis(metric, best, axis=1)
+    names, index = np.unique(np.take_along_axis(column, best, axis=1), return_inverse=True)
+    matrix = np.zeros((len(metric), len(names)))
+    # A column that is infeasible for a box counts 0, so that leaving the box unmatched costs nothing but its metric.
+    np.put_along_axis(matrix, index.reshape(best.shape), np.maximum(value, 0), axis=1)
+    row, name = linear_sum_assignment(matrix, maximize=True)
+    position = np.full(matrix.shape, -1)
+    np.put_along_axis(position, index.reshape(best.shape), np.where(value > 0, best, -1), axis=1)
+    choice = np.full(len(metric), -1)
+    choice[row] = position[row, name]
+    return choice
