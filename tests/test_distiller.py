@@ -236,16 +236,6 @@ def test_options_out_of_range_are_refused_by_name(option):
         pair(**option)
 
 
-def test_a_student_with_options_of_its_own_keeps_them():
-    detector = EndToEndDetector(small_fcos(1), top_k=3, box_weight=0)
-    distiller = CrossHeadDistiller(detector, small_fcos(2))
-    images, targets = scene(SIZES)
-    assert distiller.detector is detector
-    assert distiller(images, targets)["bbox_regression"] == 0
-    torch.testing.assert_close(distiller.eval()(images), detector(images))
-    assert len(detector(images)[0]["scores"]) == 3
-
-
 def test_two_detectors_that_cannot_be_crossed_are_refused():
     with pytest.raises(IncompatibleDetectorsError, match=r"stride.*8\.0.*64\.0"):
         CrossHeadDistiller(small_fcos(1, levels=3), small_fcos(2, levels=3, stem_stride=32))
@@ -296,11 +286,22 @@ def test_a_copy_detects_at_once_and_trains_when_it_is_given_a_teacher(duplicate)
     assert "teacher=None" in repr(twin)
     teacher = small_fcos(2)
     assert twin.attach_teacher(teacher) is twin
-    torch.testing.assert_close(twin(images, targets), losses)
     assert not any(p.requires_grad or m.training for m in teacher.modules() for p in m.parameters())
+    torch.testing.assert_close(twin(images, targets), losses)
     with pytest.raises(IncompatibleDetectorsError, match="shared parameters"):
         twin.attach_teacher(twin.detector.model)
     twin.load_state_dict(distiller.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"channels": 64}, {"levels": 3, "stem_stride": 32}, {"stem_stride": 8}],
+    ids=["channels", "levels", "strides"],
+)
+def test_a_teacher_that_does_not_fit_cannot_be_attached_later(other):
+    distiller = pair()
+    with pytest.raises(IncompatibleDetectorsError):
+        distiller.attach_teacher(small_fcos(3, **other))
 
 
 def test_repr_names_the_teacher():

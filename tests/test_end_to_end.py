@@ -205,6 +205,16 @@ def test_a_stock_torchvision_loop_trains_it_unchanged(distil):
         assert [set(detection) for detection in model(data[0][0])] == [{"boxes", "scores", "labels"}] * 3
 
 
+def test_a_detector_keeps_its_options_as_a_student():
+    detector = EndToEndDetector(small_fcos(1), top_k=3, box_weight=0)
+    distiller = CrossHeadDistiller(detector, small_fcos(2))
+    images, targets = scene(SIZES)
+    assert distiller.detector is detector
+    assert distiller(images, targets)["bbox_regression"] == 0
+    torch.testing.assert_close(distiller.eval()(images), detector(images))
+    assert len(detector(images)[0]["scores"]) == 3
+
+
 # --- evaluation mode --------------------------------------------------------------------------------------------------
 
 

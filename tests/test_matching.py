@@ -87,7 +87,8 @@ def test_the_number_of_candidates_does_not_grow_with_the_image():
     boxes = torch.tensor([[0.0, 0, 50, 50], [3, 3, 1000, 1000]])
     small, _ = grid_candidates(boxes, grid(64), 1.5)
     large, _ = grid_candidates(boxes, grid(4096), 1.5)
-    assert small.shape == large.shape == (2, 27)
+    assert small.shape == large.shape
+    assert small.shape[1] <= 3 * 5**2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])

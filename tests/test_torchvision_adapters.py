@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -218,6 +219,14 @@ def test_batches_of_changing_shapes_do_not_confuse_each_other():
         batch, _ = adapter.preprocess(images)
         ours = adapter.head(adapter.features(batch), batch)
         torch.testing.assert_close(ours.boxes, torchvision_says(model, images).boxes, atol=1e-3, rtol=1e-4)
+
+
+def test_what_an_adapter_remembers_of_batches_travels_in_no_pickle():
+    adapter = adapt(small_retinanet(max_size=400))
+    before = len(pickle.dumps(adapter))
+    for width in range(100, 400, 32):
+        adapter_says(adapter, [torch.rand(3, 64, width)])
+    assert len(pickle.dumps(adapter)) < before + 1000
 
 
 # --- adapt ------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ class Arm(nn.Module):
         super().__init__()
         self.trainee = trainee
         self.one_to_many = one_to_many
-        self._adapter = (adapter,)  # it is a part of the trainee already
+        # In a tuple, because it is a part of the trainee already. A fresh one has its constants on the CPU.
+        self._adapter = (adapter.to(next(adapter.parameters()).device),)
 
     @property
     def adapter(self) -> DetectorAdapter:

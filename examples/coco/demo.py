@@ -14,7 +14,7 @@ from pathlib import Path
 from evaluate import table
 from options import Options
 from runs import write_json
-from train import NonFiniteLossError, run
+from train import Interrupted, NonFiniteLossError, run
 
 __all__ = ["main"]
 
@@ -42,14 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     teacher="" if arm == "one-to-many" else str(folders["one-to-many"]),
                     epochs=options.epochs,
                     seed=options.seed,
+                    batch_size=8,
                     lr=2e-3,
                     cache=True,
-                    eval_every=2,
+                    eval_every=4,
+                    log_every=50,
                 )
             )
     except (ValueError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"stopped; to begin again, remove {options.output}", file=sys.stderr)
+        return 128 + stop.number
     teacher, student = scores["one-to-many"], scores["cross-head"]
     if teacher is None or student is None:  # not the first of several processes
         return 0

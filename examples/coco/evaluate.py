@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 from crosskd_assign import Detection, Target, adapt
 from crosskd_assign.diagnostics import DuplicateReport, duplicate_report, one_to_many_detections
 
-__all__ = ["Evaluation", "detect", "evaluate", "on_cpu", "table"]
+__all__ = ["Evaluation", "detect", "evaluate", "leave_signals_alone", "on_cpu", "table"]
 
 NMS_THRESHOLD = 0.6  # torchvision's FCOS
 
@@ -58,7 +59,14 @@ def detect(
 ) -> tuple[list[Detection], list[Detection], list[Target]]:
     """Detections without NMS, with NMS, and the targets of the first ``limit`` images, on the CPU."""
     subset = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
-    loader = DataLoader(subset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(
+        subset,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_alone,
+        generator=torch.Generator(),  # without its own it would draw from the generator that training resumes
+    )
     device = next(arm.adapter.parameters()).device
     plain: list[Detection] = []
     suppressed: list[Detection] = []
@@ -116,6 +124,13 @@ def evaluate(
         for detections in (plain, suppressed)
     ]
     return Evaluation(scores[0], scores[1], reports[0], reports[1], len(ids))
+
+
+def leave_signals_alone(worker: int) -> None:
+    """Make a loader's process outlive a signal to the whole group; the one that it works for decides when to stop."""
+    del worker
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def on_cpu(detection: Detection) -> Detection:

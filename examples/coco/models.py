@@ -90,6 +90,8 @@ def build_detector(
     size: int,
     backbone_weights: str | None = None,
     trainable_stages: int | None = None,
+    channels: int | None = None,
+    head_convs: int | None = None,
 ) -> nn.Module:
     """A torchvision detector.
 
@@ -101,6 +103,8 @@ def build_detector(
         backbone_weights: "imagenet" for torchvision's weights, the path of a state dict, or None for none.
         trainable_stages: Backbone stages to train, of five and from the last; None trains 3 of a pre-trained backbone
             (torchvision's default) and all of a fresh one.
+        channels: Of pyramid and head, a multiple of 32; None for 256, or 64 on the small backbone.
+        head_convs: Convolutions of each branch of FCOS's head; None for 4, or 2 on the small backbone.
 
     Raises:
         ModelError: Unknown names, or weights that do not fit.
@@ -110,25 +114,31 @@ def build_detector(
             f"Expected an architecture of {get_args(Architecture)} on a backbone of {get_args(Backbone)}, but got "
             f"{architecture!r} on {backbone!r} (build_detector). Fix: choose from these."
         )
+    channels = channels or (64 if backbone == "small" else 256)
+    if channels % 32:
+        raise ModelError(
+            f"Expected channels in multiples of 32, as group norm needs them, but got {channels} (--channels). Fix: "
+            f"choose {channels // 32 * 32 + 32}."
+        )
     trunk: nn.Module
     strides: tuple[int, ...]
     if backbone == "small":
-        trunk, strides = SmallBackbone(), (8, 16, 32, 64)
-        if backbone_weights == "imagenet":
+        trunk, strides = SmallBackbone(out_channels=channels), (8, 16, 32, 64)
+        if backbone_weights == "imagenet" or trainable_stages is not None:
             raise ModelError(
-                "Expected a torchvision backbone for ImageNet weights, but got the small one (--backbone-weights). "
-                "Fix: leave the weights out, or choose another backbone."
+                "Expected a torchvision backbone for ImageNet weights or frozen stages, but got the small one "
+                "(--backbone-weights, --trainable-stages). Fix: leave them out, or choose another backbone."
             )
         if backbone_weights is not None:
             load_weights(trunk, Path(backbone_weights))
     else:
-        trunk, strides = _torchvision_trunk(backbone, backbone_weights, trainable_stages), (8, 16, 32, 64, 128)
+        trunk = _torchvision_trunk(backbone, backbone_weights, trainable_stages, channels)
+        strides = (8, 16, 32, 64, 128)
     options = {"min_size": size, "max_size": size}
-    channels = trunk.out_channels
     detector: nn.Module
     if architecture == "fcos":
         anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
-        head = FCOSHead(channels, 1, num_classes, num_convs=2 if backbone == "small" else 4)
+        head = FCOSHead(channels, 1, num_classes, num_convs=head_convs or (2 if backbone == "small" else 4))
         # The head predicts distances in strides through a ReLU, and objects measure several strides. Starting at 2
         # instead of 0 spares every arm the first epochs, in which half of the boxes are empty and get no gradient.
         nn.init.constant_(head.regression_head.bbox_reg.bias, 2.0)
@@ -145,8 +155,14 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels)
 
 
-def _torchvision_trunk(name: str, weights: str | None, trainable_stages: int | None) -> BackboneWithFPN:
+def _torchvision_trunk(
+    name: str, weights: str | None, trainable_stages: int | None, out_channels: int
+) -> BackboneWithFPN:
     """Backbone and FPN as torchvision builds them for dense detectors, P3 to P7."""
+    if trainable_stages is not None and not 0 <= trainable_stages <= 5:
+        raise ModelError(
+            f"Expected 0 to 5 stages to train, but got {trainable_stages} (--trainable-stages). Fix: choose within."
+        )
     # Batches of detectors are too small to re-estimate the statistics that pre-trained weights rely on.
     eps = 1e-3 if name.startswith("mobilenet_v3") else 1e-5
     norm = {} if weights is None else {"norm_layer": partial(FrozenBatchNorm2d, eps=eps)}
@@ -169,7 +185,8 @@ def _torchvision_trunk(name: str, weights: str | None, trainable_stages: int | N
     names = [child for child, _ in body.named_children()]
     layers = {names[last[stride]]: str(i) for i, stride in enumerate((8, 16, 32))}
     channels = [widths[last[stride]] for stride in (8, 16, 32)]
-    return BackboneWithFPN(body, layers, channels, 256, extra_blocks=LastLevelP6P7(256, 256))
+    last_levels = LastLevelP6P7(out_channels, out_channels)
+    return BackboneWithFPN(body, layers, channels, out_channels, extra_blocks=last_levels)
 
 
 @torch.no_grad()

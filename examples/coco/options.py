@@ -44,6 +44,8 @@ class Options:
     backbone: str = _option("small", "its backbone", get_args(Backbone))
     backbone_weights: str = _option("", "imagenet for torchvision's, or a state dict file; empty: none")
     trainable_stages: int = _option(-1, "backbone stages to train, of 5; -1: 3 with weights, all without")
+    channels: int = _option(0, "of pyramid and head; 0: 256, or 64 on the small backbone")
+    head_convs: int = _option(0, "of each branch of FCOS's head; 0: 4, or 2 on the small backbone")
     size: int = _option(128, "longer side of the images, in pixels")
 
     teacher: str = _option("", "run folder of a one-to-many detector, or torchvision:NAME for its COCO weights")
@@ -103,6 +105,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     for name in ("epochs", "batch_size", "size", "log_every"):
         if getattr(options, name) < 1:
             parser.error(f"expected --{name.replace('_', '-')} of at least 1, but got {getattr(options, name)}")
+    if options.inherit and not options.teacher:
+        parser.error("expected a --teacher for --inherit, but got none")
     if not Path(options.data_path).exists() and options.data != "demo":
         parser.error(f"expected a data set, but got no folder at --data-path {options.data_path}")
     return options

@@ -6,6 +6,7 @@ python examples/coco/predict.py --run runs/demo/student --output runs/demo/pictu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from torchvision.transforms import v2
 from crosskd_assign import Detection, adapt
 from crosskd_assign.diagnostics import one_to_many_detections
 
-__all__ = ["find_images", "main", "predict", "read_image"]
+__all__ = ["find_images", "main", "picture_paths", "predict", "read_image"]
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -44,6 +45,26 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:
+    """A PNG file in ``folder`` for each image, numbered where several have one name.
+
+    Raises:
+        RunError: It would replace one of the images.
+    """
+    paths: dict[Path, None] = {}  # in order
+    for image in images:
+        numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+        names = (folder / f"{image.stem}{number}.png" for number in numbers)
+        paths[next(path for path in names if path not in paths)] = None
+    lost = {path.resolve() for path in paths} & {image.resolve() for image in images}
+    if lost:
+        raise RunError(
+            f"Expected a folder of its own for the pictures, but got one where they would replace images "
+            f"({min(lost)}). Fix: choose another --output."
+        )
+    return list(paths)
+
+
 def read_image(path: Path) -> Tensor:
     """Pixels of an image file, ``(3, H, W)`` float32 in 0…1.
 
@@ -53,7 +74,7 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
-    except OSError as error:
+    except Exception as error:  # damaged files raise nearly anything
         raise RunError(f"Expected a readable image, but got {error} ({path}). Fix: replace or remove it.") from error
     scaled: Tensor = v2.functional.to_dtype(pixels, torch.float32, scale=True)
     return scaled
@@ -78,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         paths = find_images(options.images)[: options.limit]
+        pictures = picture_paths(paths, options.output)
         model, spec = load_model(options.run)
         arm = Arm(model.to(options.device), adapt(model), one_to_many=spec.one_to_many).eval()
         # Only a one-to-many detector needs it.
@@ -88,14 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chunk = paths[start : start + options.batch_size]
             images = [read_image(path) for path in chunk]
             detections = predict(arm, [image.to(options.device) for image in images], nms_threshold=nms_threshold)
-            for path, image, detection in zip(chunk, images, detections, strict=True):
+            for n, (path, image, detection) in enumerate(zip(chunk, images, detections, strict=True), start):
                 strong = _above(detection, options.score_threshold)
                 names = [spec.label_to_name.get(label, str(label)) for label in strong["labels"].tolist()]
                 boxes, scores = strong["boxes"].tolist(), strong["scores"].tolist()
                 rows.append({"image": str(path), "boxes": boxes, "scores": scores, "names": names})
                 title = f"{path.name}: {len(names)} found"
-                picture = options.output / f"{path.stem}.png"
-                draw_predictions(picture, [image], [(title, [strong])], spec.label_to_name, 0.0)
+                draw_predictions(pictures[n], [image], [(title, [strong])], spec.label_to_name, 0.0)
         write_json(options.output / "detections.json", rows)
     except ValueError as error:  # everything that is the user's to mend
         print(f"error: {error}", file=sys.stderr)

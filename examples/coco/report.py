@@ -23,7 +23,14 @@ __all__ = ["assignment_views", "draw_report"]
 
 @torch.no_grad()
 def draw_report(
-    folder: Path, arm: Arm, dataset: CocoDataset, names: dict[int, str], teacher: Arm | None, *, images: int = 4
+    folder: Path,
+    arm: Arm,
+    dataset: CocoDataset,
+    names: dict[int, str],
+    teacher: Arm | None,
+    *,
+    assigner: TaskAwareOneToOneAssigner,
+    images: int = 4,
 ) -> list[Path]:
     """Draw ``curves.png``, ``predictions.png`` and, of a one-to-one detector, ``assignments.png`` into a run's folder.
 
@@ -33,6 +40,7 @@ def draw_report(
         dataset: Images to show.
         names: Name of each label.
         teacher: One-to-many detector to show beside it, if its labels are the same.
+        assigner: What a one-to-one detector was trained with.
         images: How many images to show.
     """
     device = next(arm.adapter.parameters()).device
@@ -52,7 +60,7 @@ def draw_report(
         draw_predictions(folder / "predictions.png", originals, columns, names),
     ]
     if not arm.one_to_many:
-        views = assignment_views(arm, pixels, targets)
+        views = assignment_views(arm, pixels, targets, assigner)
         paths.append(draw_assignments(folder / "assignments.png", originals, views, names))
     return paths
 
@@ -64,9 +72,10 @@ def _detect(arm: Arm, images: Sequence[Tensor], nms_threshold: float | None) -> 
 
 
 @torch.no_grad()
-def assignment_views(arm: Arm, images: Sequence[Tensor], targets: Sequence[Target]) -> list[AssignmentView]:
+def assignment_views(
+    arm: Arm, images: Sequence[Tensor], targets: Sequence[Target], assigner: TaskAwareOneToOneAssigner
+) -> list[AssignmentView]:
     """Which point each box would be given now, and the metric that decides it, in pixels of the original images."""
-    assigner = TaskAwareOneToOneAssigner()
     batch, moved = arm.adapter.preprocess(images, targets)
     predictions = arm.adapter.head(arm.adapter.features(batch), batch)
     assignment = assigner(predictions, moved or [])

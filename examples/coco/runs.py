@@ -8,9 +8,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 import torchvision
 from models import build_detector, load_weights
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 import crosskd_assign
@@ -49,6 +51,8 @@ class ModelSpec:
         architecture: "fcos" or "retinanet".
         backbone: Name of the backbone.
         size: Longer side of its images in pixels.
+        channels: Of pyramid and head; 0 for the usual.
+        head_convs: Of each branch of FCOS's head; 0 for the usual.
         one_to_many: Whether it needs NMS.
         categories: COCO category id and name of the labels 1, 2, ….
     """
@@ -56,6 +60,8 @@ class ModelSpec:
     architecture: str
     backbone: str
     size: int
+    channels: int
+    head_convs: int
     one_to_many: bool
     categories: tuple[tuple[int, str], ...]
 
@@ -89,9 +95,25 @@ def check_folder(folder: Path, *, resume: bool) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON, whole or not at all; NaN and infinity, which JSON lacks, as null."""
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+    _write(path, (text + "\n").encode())
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -125,16 +147,22 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """The newest readable checkpoint of a run; only tensors and plain types are accepted.
 
+    An unreadable ``last.pt`` becomes ``damaged.pt``, or the next one saved would make it replace the good one.
+
     Raises:
         RunError: There is none.
     """
     reasons = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    for path in (last, previous):
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: PERF203  # torch.load raises a dozen types for a damaged file
             reasons.append(f"{path.name}: {error}")
         else:
+            if path == previous:
+                with suppress(FileNotFoundError):  # never written, or another process was faster
+                    last.replace(folder / "damaged.pt")
             return state
     raise RunError(
         f"Expected a readable checkpoint, but got none ({folder}): {'; '.join(reasons)}. Fix: start a new run."
@@ -143,9 +171,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 def save_model(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
     """Write the finished detector: weights alone, and what they belong to."""
-    temporary = folder / "model.safetensors.tmp"
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
-    temporary.replace(folder / "model.safetensors")
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    _write(folder / "model.safetensors", save(state))
     write_json(folder / "model.json", asdict(spec))
 
 
@@ -165,6 +192,8 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
         spec.backbone,  # type: ignore[arg-type]  # checked there
         len(spec.categories) + 1,
         size=spec.size,
+        channels=spec.channels,
+        head_convs=spec.head_convs,
     )
     load_weights(model, folder / "model.safetensors")
     return model.eval(), spec
@@ -172,21 +201,23 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
 
 def environment() -> dict[str, str | int]:
     """Versions and hardware, so that a result can be traced to what made it."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607  # git is wherever the user has it
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "crosskd_assign": crosskd_assign.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": _commit(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
         "device": device,
         "threads": torch.get_num_threads(),
     }
+
+
+def _commit() -> str:
+    """Of the code that runs; "unknown" outside a repository or without git."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

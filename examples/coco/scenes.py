@@ -65,7 +65,7 @@ def sample_scene(rng: np.random.Generator, size: int) -> Scene:
     covered = np.zeros((size, size))
     layers: list[Layer] = []
     front = [(None, _line(rng, size), rng.random()) for _ in range(rng.integers(0, 3))]
-    back = [(None, _clutter(rng, size), rng.random()) for _ in range(rng.integers(2, 9))]
+    back = [(None, _clutter(rng, size), rng.random()) for _ in range(rng.integers(1, 5))]
     for shape, polygon, hue in [*front, *_objects(rng, size), *back]:
         layer = _layer(rng, shape, polygon, hue, background, covered)
         if layer is not None and (shape is None or _acceptable(layer, layers)):
@@ -100,7 +100,7 @@ def _acceptable(layer: Layer, others: list[Layer]) -> bool:
 def _objects(rng: np.random.Generator, size: int) -> Iterator[tuple[str, Array, float]]:
     """Up to nine candidates, front to back: shape, polygon (P, 2) in pixels, hue. The first is fully in the picture."""
     members = int(rng.integers(4, 8)) if rng.random() < 0.35 else 0
-    shape, hue, length = SHAPES[rng.integers(len(SHAPES))], rng.random(), size * _log_uniform(rng, 0.14, 0.36)
+    shape, hue, length = SHAPES[rng.integers(len(SHAPES))], rng.random(), size * _log_uniform(rng, 0.18, 0.36)
     centre, course = rng.uniform(0.3, 0.7, 2) * size, rng.uniform(0, 2 * math.pi)
     for _ in range(members):
         yield shape, _place(rng, shape, centre, length * rng.uniform(0.85, 1.15)), hue + rng.normal(0, 0.06)
@@ -109,7 +109,7 @@ def _objects(rng: np.random.Generator, size: int) -> Iterator[tuple[str, Array, 
     for n in range(members, int(rng.integers(max(1, members), 10))):
         margin = 0.08 if n else 0.3
         shape, centre = SHAPES[rng.integers(len(SHAPES))], rng.uniform(margin, 1 - margin, 2) * size
-        yield shape, _place(rng, shape, centre, size * _log_uniform(rng, 0.08, 0.55)), rng.random()
+        yield shape, _place(rng, shape, centre, size * _log_uniform(rng, 0.14, 0.55)), rng.random()
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
@@ -137,7 +137,7 @@ def _outline(shape: str) -> Array:
 
 def _place(rng: np.random.Generator, shape: str, centre: Array, length: float) -> Array:
     """A shape's polygon (P, 2) on the picture: stretched, turned, its box ``length`` pixels on the longer side."""
-    stretch, turn = math.exp(rng.uniform(-0.18, 0.18)), rng.uniform(0, 2 * math.pi)
+    stretch, turn = math.exp(rng.uniform(-0.18, 0.18)), rng.uniform(-0.4, 0.4)
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     points = _outline(shape) * [stretch, 1 / stretch] @ rotation
     low, high = points.min(axis=0), points.max(axis=0)

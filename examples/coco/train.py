@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from arms import Arm, build_arm, needs_teacher
+from arms import METRICS, Arm, build_arm, needs_teacher
 from coco_data import CocoDataset, CocoIndex, ResumableSampler, augmentation, collate, locate_split, read_coco
-from evaluate import Evaluation, evaluate, table
+from evaluate import Evaluation, evaluate, leave_signals_alone, table
 from logbook import Logbook
 from models import build_detector, torchvision_detector
 from options import Options, parse_options
@@ -47,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from crosskd_assign import adapt, inherit
+from crosskd_assign import Target, adapt, inherit
 
 __all__ = ["Interrupted", "NonFiniteLossError", "run"]
 
@@ -127,7 +127,8 @@ def run(options: Options) -> Evaluation | None:
         save_model(folder, final.adapter.model, spec)
         summary = {"arm": options.arm, "seed": options.seed, "scores": scores.as_dict(), "budget": training.budget()}
         write_json(folder / "summary.json", {**summary, "options": asdict(options), "environment": environment()})
-        draw_report(folder, final.eval(), CocoDataset(val_index), spec.label_to_name, teacher)
+        names, assigner = spec.label_to_name, METRICS[options.metric]
+        draw_report(folder, final.eval(), CocoDataset(val_index), names, teacher, assigner=assigner)
         return scores
 
 
@@ -183,6 +184,7 @@ class Training:
             batch_sampler=sampler,
             num_workers=options.workers,
             collate_fn=collate,
+            worker_init_fn=leave_signals_alone,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # a loader without its own would draw from the generator that is resumed
         )
@@ -204,13 +206,14 @@ class Training:
                 self._update(losses)
                 self.step += 1
                 self.seconds = time.perf_counter() - begun
-                self._log(log, losses, targets)
                 epoch_ends = self.step % self.steps_per_epoch == 0
                 stop = _any_rank(signals.number, self.ranks)
-                if epoch_ends or stop or (options.save_every and self.step % options.save_every == 0):
+                save = epoch_ends or stop or (options.save_every and self.step % options.save_every == 0)
+                self._log(log, losses, targets, check=bool(save))
+                if save:
                     self.save()
                 if stop:
-                    resume = f"{Path(sys.argv[0]).name} … --output {options.output} --resume"
+                    resume = f"train.py … --output {options.output} --resume"
                     raise Interrupted(stop, f"stopped at step {self.step}; go on with: {resume}")
                 if self.step >= self.total_steps:
                     return
@@ -238,11 +241,11 @@ class Training:
         if self.average is not None:
             self.average.update_parameters(self.arm.adapter.model)
 
-    def _log(self, log: Logbook, losses: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> None:
+    def _log(self, log: Logbook, losses: dict[str, Tensor], targets: list[dict[str, Tensor]], *, check: bool) -> None:
         log.tick()
         # Reading a loss waits for an accelerator; on a CPU it is free, and every step is checked.
         wanted = log.wants(self.step)
-        if not wanted and self.ranks.device.type != "cpu":
+        if not (wanted or check or self.ranks.device.type == "cpu"):
             return
         values = {name: float(loss.detach()) for name, loss in losses.items()}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
@@ -253,7 +256,7 @@ class Training:
                 f"harder with --max-grad-norm, or train in --precision bfloat16; the last checkpoint is good."
             )
         if wanted:
-            rate = float(self.scheduler.get_last_lr()[0])
+            rate = self.options.lr * self._rate(self.step - 1)  # the scheduler is at the next step already
             log.step(self.step, values, epoch=self.step / self.steps_per_epoch, lr=rate)
 
     def averaged_arm(self) -> Arm:
@@ -267,7 +270,16 @@ class Training:
         return {"epochs": self.options.epochs, "images": images, "seconds": round(self.seconds, 1)}
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the rest of the run depends on."""
+        """Write a checkpoint of everything that the rest of the run depends on.
+
+        Raises:
+            NonFiniteLossError: A weight is not finite, as after a finite loss with a gradient that is not.
+        """
+        if not torch.stack([value.isfinite().all() for value in self.arm.state_dict().values()]).all():
+            raise NonFiniteLossError(
+                f"Expected finite weights, but got NaN or infinity (step {self.step}). Fix: lower --lr, clip harder "
+                "with --max-grad-norm, or train in --precision bfloat16; the last checkpoint is good."
+            )
         states: list[Any] = [None] * self.ranks.count
         mine = {"cpu": torch.get_rng_state()}
         if self.ranks.device.type == "cuda":
@@ -296,8 +308,13 @@ class Training:
         """Go on from a checkpoint.
 
         Raises:
-            RunError: It belongs to another model.
+            RunError: It belongs to another model, or to a run on more or fewer processes.
         """
+        if len(state["random"]) != self.ranks.count:
+            raise RunError(
+                f"Expected {len(state['random'])} processes, as the run was started with, but got {self.ranks.count} "
+                f"({self.folder}). Fix: resume with as many, because its steps and schedule depend on them."
+            )
         try:
             self.arm.load_state_dict(state["arm"])
             if self.average is not None:
@@ -311,7 +328,7 @@ class Training:
                 "the options the run was started with."
             ) from error
         self.step, self.seconds = state["step"], state["seconds"]
-        mine = state["random"][self.ranks.rank % len(state["random"])]
+        mine = state["random"][self.ranks.rank]
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine and self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"], self.ranks.device)
@@ -350,10 +367,20 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
         size=options.size,
         backbone_weights=options.backbone_weights or None,
         trainable_stages=None if options.trainable_stages < 0 else options.trainable_stages,
+        channels=options.channels,
+        head_convs=options.head_convs,
     )
     one_to_many = options.arm == "one-to-many"
     categories = tuple((category.id, category.name) for category in train.categories)
-    spec = ModelSpec(options.architecture, options.backbone, options.size, one_to_many, categories)
+    spec = ModelSpec(
+        options.architecture,
+        options.backbone,
+        options.size,
+        options.channels,
+        options.head_convs,
+        one_to_many,
+        categories,
+    )
     teacher: nn.Module | None = None
     teacher_arm: Arm | None = None
     if options.teacher and (needs_teacher(options.arm) or options.inherit):  # type: ignore[arg-type]
@@ -445,7 +472,7 @@ def _draw_first_batch(folder: Path, training: Training) -> None:
     """What augmentation really does, before any time is spent on it."""
     samples = [training.dataset[(0, i)] for i in range(min(4, len(training.dataset)))]
     names = {label: c.name for label, c in enumerate(training.dataset.index.categories, start=1)}
-    boxes = [target for _, target in samples]
+    boxes = [Target(boxes=target["boxes"], labels=target["labels"]) for _, target in samples]
     draw_predictions(folder / "batch0.png", [image for image, _ in samples], [("training image", boxes)], names)
 
 

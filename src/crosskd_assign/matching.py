@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -44,36 +45,40 @@ def grid_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float) -
         radius: Reach of the prior around the box centre, in strides.
 
     Returns:
-        ``point (B, K)`` int64, ascending in each row, and ``valid (B, K)`` bool; where not valid, the point is 0.
+        ``point (B, K)`` int64, ascending in each row where valid, and ``valid (B, K)`` bool; elsewhere the point is 0.
     """
-    corners = boxes.double()  # exact for float32 boxes: the borders of the prior are open
-    points, valids, start = [], [], 0
-    for level in levels:
-        x, x_inside = _window(corners[:, 0], corners[:, 2], level, 0, radius)  # (B, kx)
-        y, y_inside = _window(corners[:, 1], corners[:, 3], level, 1, radius)  # (B, ky)
-        cell = y[:, :, None] * level.width + x[:, None, :]  # (B, ky, kx)
-        inside = y_inside[:, :, None] & x_inside[:, None, :]
-        anchor = torch.arange(level.anchors, device=boxes.device)
-        point = start + cell[..., None] * level.anchors + anchor  # (B, ky, kx, anchors)
-        points.append(point.flatten(1))
-        valids.append(inside[..., None].expand_as(point).flatten(1))
-        start += len(level)
-    valid = torch.cat(valids, dim=1)
-    return torch.cat(points, dim=1) * valid, valid
-
-
-def _window(low: Tensor, high: Tensor, level: GridLevel, axis: int, radius: float) -> tuple[Tensor, Tensor]:
-    """Grid indices along one axis that lie inside ``(low, high)`` and within reach of its middle: ``(B, k)`` twice."""
-    step, origin, size = level.step[axis], level.origin[axis], (level.width, level.height)[axis]
-    reach = radius * level.stride
+    # float64 is exact for float32 boxes and the usual strides: the borders of the prior are open.
+    corners = boxes.double().view(len(boxes), 1, 2, 2)  # (B, 1, low or high, x or y)
+    low, high = corners[:, :, 0], corners[:, :, 1]  # (B, 1, 2)
     middle = (low + high) / 2
-    first = torch.floor((middle - reach - origin) / step) + 1
-    count = max(1, math.ceil(2 * reach / step))  # an open interval never holds more grid points
-    index = first[:, None] + torch.arange(count, device=low.device)
-    position = index * step + origin
-    inside = (position - middle[:, None]).abs() < reach
-    inside &= (position > low[:, None]) & (position < high[:, None]) & (index >= 0) & (index < size)
-    return torch.where(inside, index, 0).long(), inside
+    step, origin, size = (
+        torch.tensor(values, dtype=torch.float64, device=boxes.device)  # (L, 2)
+        for values in (
+            [level.step for level in levels],
+            [level.origin for level in levels],
+            [(level.width, level.height) for level in levels],
+        )
+    )
+    reach = torch.tensor([[radius * level.stride] for level in levels], dtype=torch.float64, device=boxes.device)
+    # An open interval of length 2 · reach never holds more grid points than this.
+    count = max(1, *(math.ceil(2 * radius * level.stride / min(level.step)) for level in levels))
+    first = torch.floor((middle - reach - origin) / step) + 1  # (B, L, 2)
+    index = first[..., None] + torch.arange(count, device=boxes.device)  # (B, L, 2, k)
+    position = index * step[..., None] + origin[..., None]
+    inside = (position - middle[..., None]).abs() < reach[..., None]
+    inside &= (position > low[..., None]) & (position < high[..., None]) & (index >= 0) & (index < size[..., None])
+    index = torch.where(inside, index, 0.0)
+
+    width = size[:, :1, None]  # (L, 1, 1)
+    cell = index[:, :, 1, :, None] * width + index[:, :, 0, None, :]  # (B, L, k, k)
+    valid = inside[:, :, 1, :, None] & inside[:, :, 0, None, :]
+    anchors = torch.tensor([level.anchors for level in levels], device=boxes.device).view(-1, 1, 1, 1)
+    anchor = torch.arange(max(level.anchors for level in levels), device=boxes.device)
+    starts = [0, *accumulate(len(level) for level in levels)][:-1]
+    start = torch.tensor(starts, device=boxes.device).view(-1, 1, 1, 1)
+    valid = valid[..., None] & (anchor < anchors)  # (B, L, k, k, anchors)
+    point = (cell.long()[..., None] * anchors + (start + anchor)) * valid
+    return point.flatten(1), valid.flatten(1)
 
 
 def point_candidates(
@@ -93,7 +98,7 @@ def point_candidates(
     """
     rows, columns = [], []
     position, reach = points.double(), radius * strides.double()  # (A, 2), (A,)
-    for start in range(0, len(boxes), chunk):
+    for start in range(0, max(1, len(boxes)), chunk):
         corners = boxes[start : start + chunk, None].double()  # (b, 1, 4)
         middle = (corners[..., :2] + corners[..., 2:]) / 2
         inside = (position > corners[..., :2]) & (position < corners[..., 2:])
@@ -104,7 +109,8 @@ def point_candidates(
     row, column = torch.cat(rows), torch.cat(columns)
     counts = torch.bincount(row, minlength=len(boxes))
     slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    point = boxes.new_zeros((len(boxes), max(1, int(counts.max()))), dtype=torch.int64)
+    most = int(counts.max()) if len(boxes) else 0
+    point = boxes.new_zeros((len(boxes), max(1, most)), dtype=torch.int64)
     point[row, slot] = column
     return point, torch.arange(point.shape[1], device=row.device) < counts[:, None]
 

@@ -203,9 +203,9 @@ class TestScene:
         assert (min(counts), max(counts)) == (1, 9)
         everything = [layer for scene in drawn for layer in objects(scene)]
         sides = np.array([max(x.box[2] - x.box[0], x.box[3] - x.box[1]) for x in everything])
-        assert 10 <= sides.min() < 12
+        assert 10 <= sides.min() < 18
         assert 60 < sides.max() <= 70.5
-        assert 20 < np.median(sides) < 35
+        assert 25 < np.median(sides) < 45
         shares = [sum(layer.shape == shape for layer in everything) / len(everything) for shape in SHAPES]
         assert min(shares) > 0.1
         assert any(layer.shape is None for scene in drawn for layer in scene.layers)

@@ -1,0 +1,263 @@
+"""`train.py`: what every arm learns from, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import train
+from arms import ARMS, METRICS, Arm, build_arm, needs_teacher
+from coco_data import CocoDataset, locate_split, read_coco
+from logbook import read_metrics
+from models import build_detector
+from PIL import Image
+from report import assignment_views
+from runs import environment, load_model, write_json
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.models.detection import FCOS
+
+import crosskd_assign
+from crosskd_assign import CrossHeadDistiller, Target, adapt
+
+FILES = {
+    *("config.json", "environment.json", "metrics.jsonl", "last.pt", "model.safetensors", "model.json"),
+    *("summary.json", "curves.png", "predictions.png", "batch0.png"),
+}
+WEIGHTS = "model.safetensors"
+DETECTOR = {"one-to-many": "trainee.", "one-to-one": "trainee.adapter.model."}  # where it is in the arm's state
+OWN = {"classification", "bbox_regression"}
+TERMS = {
+    "one-to-many": OWN | {"bbox_ctrness"},
+    "one-to-one": OWN,
+    "cross-head": OWN | {"distill_classification", "distill_bbox_regression"},
+    "auxiliary-head": OWN | {"auxiliary_classification", "auxiliary_bbox_regression", "auxiliary_bbox_ctrness"},
+    "feature-imitation": OWN | {"imitation"},
+    "own-head-imitation": OWN | {"distill_classification", "distill_bbox_regression"},
+}
+
+
+@pytest.fixture(scope="module", params=ARMS)
+def arm_run(request, workshop, teacher, tmp_path_factory):
+    """A finished run of one epoch of every arm."""
+    folder = tmp_path_factory.mktemp("arms") / request.param
+    options = {"teacher": teacher} if needs_teacher(request.param) else {}
+    assert workshop.train(folder, arm=request.param, seed=3, **options) == 0
+    return request.param, folder
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(folder) if line["kind"] == kind]
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Everything in nested containers, and the containers."""
+    yield value
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from leaves(entry)
+
+
+# --- what a run leaves behind -----------------------------------------------------------------------------------------
+
+
+def test_every_arm_leaves_the_documented_files_and_nothing_else(arm_run):
+    arm, folder = arm_run
+    expected = FILES if arm == "one-to-many" else FILES | {"assignments.png"}
+    assert {path.name for path in folder.iterdir()} == expected
+    for picture in folder.glob("*.png"):
+        with Image.open(picture) as image:
+            assert np.asarray(image.convert("L")).std() > 5, picture  # not blank
+
+
+def test_every_arm_logs_each_step_with_its_own_finite_loss_terms_and_ends_with_an_evaluation(arm_run):
+    arm, folder = arm_run
+    steps = lines(folder, "train")
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:
+        assert line["losses"].keys() == TERMS[arm]
+        assert all(value is not None and value > 0 for value in line["losses"].values())
+    assert [line["step"] for line in lines(folder, "eval")] == [3]
+
+
+def test_the_summary_says_what_was_run_with_which_code_and_what_it_cost(arm_run):
+    arm, folder = arm_run
+    summary = read(folder / "summary.json")
+    assert (summary["arm"], summary["seed"]) == (arm, 3)
+    assert summary["budget"].keys() == {"epochs", "images", "seconds"}
+    assert (summary["budget"]["epochs"], summary["budget"]["images"]) == (1, 24)
+    assert 0 < summary["budget"]["seconds"] < 300
+    assert summary["environment"]["crosskd_assign"] == crosskd_assign.__version__
+    assert summary["environment"]["torch"] == torch.__version__
+    assert summary["environment"] == read(folder / "environment.json")
+    assert summary["environment"]["commit"]
+    assert summary["options"] == read(folder / "config.json")
+    assert summary["options"]["arm"] == arm
+    logged = lines(folder, "eval")[-1]["scores"]
+    assert logged == {name: summary["scores"][name] for name in logged}
+
+
+def test_the_checkpoint_holds_only_tensors_and_plain_types_without_the_teacher(arm_run):
+    arm, folder = arm_run
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert {type(leaf).__name__ for leaf in leaves(state)} <= {
+        *("dict", "OrderedDict", "list", "tuple", "str", "int", "float", "bool", "NoneType", "Tensor"),
+    }
+    own = {DETECTOR.get(arm, "trainee.detector.adapter.model.") + name for name in load_file(folder / WEIGHTS)}
+    others = state["arm"].keys() - own
+    assert own <= state["arm"].keys()
+    assert {name.split(".")[1] for name in others} == ({"head"} if arm == "auxiliary-head" else set())
+    size = sum(value.numel() for value in state["arm"].values())
+    assert (folder / "last.pt").stat().st_size < 1.1 * 4 * 3 * size  # weights and two moments, four bytes each
+
+
+def test_the_saved_weights_are_the_trained_ones_and_load_strictly_into_torchvisions_model(arm_run):
+    arm, folder = arm_run
+    weights = load_file(folder / WEIGHTS)
+    model = build_detector("fcos", "small", num_classes=7, size=64)
+    assert type(model) is FCOS
+    model.load_state_dict(weights, strict=True)
+    trained = torch.load(folder / "last.pt", weights_only=True)["arm"]
+    for name, value in weights.items():
+        assert torch.equal(value, trained[DETECTOR.get(arm, "trainee.detector.adapter.model.") + name]), name
+    [detection] = model.eval()([torch.rand(3, 64, 64)])
+    assert detection.keys() == {"boxes", "scores", "labels"}
+
+
+def test_a_finished_run_is_read_back_with_its_labels_names(arm_run, scenes_folder):
+    arm, folder = arm_run
+    model, spec = load_model(folder)
+    assert not model.training
+    assert spec.one_to_many == (arm == "one-to-many")
+    categories = read_coco(*locate_split(scenes_folder, "val")).categories
+    assert spec.label_to_name == {n: category.name for n, category in enumerate(categories, start=1)}
+    assert spec.label_to_category == {n: category.id for n, category in enumerate(categories, start=1)}
+
+
+# --- what a run learns from -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_seed_decides_the_run(workshop, tmp_path):
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        assert workshop.train(tmp_path / name, arm="one-to-one", seed=seed) == 0
+    a, b, c = ((tmp_path / name / WEIGHTS).read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_inheriting_student_starts_with_the_teachers_backbone_and_its_own_head(workshop, teacher, tmp_path):
+    assert workshop.train(tmp_path / "run", arm="one-to-one", teacher=teacher, inherit=True, lr=0.0) == 0
+    mine, theirs = (load_file(folder / WEIGHTS) for folder in (tmp_path / "run", teacher))
+    parameters = [name for name, _ in build_detector("fcos", "small", 7, size=64).named_parameters()]
+    same = {name for name in parameters if torch.equal(mine[name], theirs[name])}
+    assert {name for name in parameters if name.startswith("backbone.")} <= same
+    assert "head.classification_head.cls_logits.weight" not in same
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_options_of_distillation_reach_the_distiller(workshop, teacher, tmp_path, monkeypatch):
+    built = []
+
+    def build(*arguments: Any, **options: Any) -> Arm:
+        built.append(build_arm(*arguments, **options))
+        return built[0]
+
+    monkeypatch.setattr(train, "build_arm", build)
+    options = {"distill_classification": 0.5, "distill_box": 0.25, "distill_quality": 2.0, "alignment": "none"}
+    assert workshop.train(tmp_path / "run", arm="cross-head", teacher=teacher, metric="yolo", **options) == 0
+    distiller = built[0].trainee
+    assert isinstance(distiller, CrossHeadDistiller)
+    weights = (distiller.classification_weight, distiller.box_weight, distiller.quality_weight)
+    assert weights == (0.5, 0.25, 2.0)
+    assert distiller.aligner.alignment == "none"
+    assert distiller.detector.assigner == METRICS["yolo"]
+    assert "distill_quality" in lines(tmp_path / "run", "train")[0]["losses"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_retinanet_student_learns_from_an_fcos_teacher(workshop, teacher, tmp_path):
+    options = {"arm": "cross-head", "architecture": "retinanet", "teacher": teacher}
+    assert workshop.train(tmp_path / "run", **options) == 0
+    assert load_model(tmp_path / "run")[1].architecture == "retinanet"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_images_without_boxes_are_trained_on_too(workshop, scenes_folder, tmp_path):
+    shutil.copytree(scenes_folder, tmp_path / "data")
+    document = json.loads((scenes_folder / "annotations" / "instances_train.json").read_text())
+    document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] == 1]
+    (tmp_path / "data" / "annotations" / "one.json").write_text(json.dumps(document))
+    options = {"data_path": tmp_path / "data", "train_annotations": "one.json", "batch_size": 2}
+    assert workshop.train(tmp_path / "run", arm="one-to-one", **options) == 0
+    assert "23 images without boxes" in lines(tmp_path / "run", "event")[0]["message"]
+    assert len(lines(tmp_path / "run", "train")) == 12
+
+
+def test_the_assignment_picture_shows_the_metric_that_was_trained_with(
+    workshop, scenes_folder, tmp_path, monkeypatch, no_pictures
+):
+    calls = []
+    monkeypatch.setattr(train, "draw_report", lambda *_, **options: calls.append(options))
+    assert workshop.train(tmp_path / "run", arm="one-to-one", metric="task-aligned") == 0
+    assert calls[0]["assigner"] == METRICS["task-aligned"]
+    model, _ = load_model(tmp_path / "run")
+    image, target = CocoDataset(read_coco(*locate_split(scenes_folder, "val")))[0]
+    targets = [Target(boxes=target["boxes"], labels=target["labels"])]
+    heats = [
+        assignment_views(Arm(model, adapt(model), one_to_many=False), [image], targets, METRICS[name])[0].heat
+        for name in ("poto", "task-aligned")
+    ]
+    assert heats[0].shape == image.shape[-2:]
+    assert float(heats[0].max()) > 10 * float(heats[1].max()) > 0  # p · IoU⁶ is far below p⁰·² · IoU⁰·⁸
+
+
+# --- its parts --------------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_brings_its_adapter_to_the_device_of_its_model():
+    model = build_detector("fcos", "small", 3, size=64).to("meta")
+    arm = Arm(model, adapt(model), one_to_many=True)
+    assert {value.device.type for value in arm.adapter.buffers()} == {"meta"}
+
+
+def test_an_arm_that_needs_a_teacher_says_so():
+    with pytest.raises(ValueError, match=r"a teacher for the arm 'cross-head', but got none \(--teacher\)"):
+        build_arm("cross-head", build_detector("fcos", "small", 3, size=64))
+
+
+def test_a_missing_git_makes_the_commit_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] == "unknown"
+
+
+def test_numbers_that_json_lacks_are_written_as_null(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [float("nan"), (1.5, float("inf"))], "b": -float("inf"), "c": "NaN", "d": 1})
+    assert read(tmp_path / "a.json") == {"a": [None, [1.5, None]], "b": None, "c": "NaN", "d": 1}
+
+
+def test_a_written_file_is_as_readable_for_others_as_any(arm_run, tmp_path):
+    (tmp_path / "any").write_text("")
+    modes = {path.stat().st_mode for path in arm_run[1].iterdir()}
+    assert modes == {(tmp_path / "any").stat().st_mode}
+
+
+def test_the_quality_branch_counts_in_the_score_of_a_one_to_many_detector_alone():
+    model = build_detector("fcos", "small", 3, size=64).eval()
+    images: list[Tensor] = [torch.rand(3, 64, 64)]
+    for one_to_many in (True, False):
+        predictions, _ = Arm(model, adapt(model), one_to_many=one_to_many).predict(images)
+        assert (predictions.quality is not None) == one_to_many

@@ -1,0 +1,59 @@
+"""What README and docs show is run, what they name exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for name, code in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
+
+
+PYTHON = [pytest.param(code, id=f"{page.name}-{i}") for page in PAGES for i, code in enumerate(blocks(page, "python"))]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_blocks_run_by_themselves(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code, "block", "exec", dont_inherit=True), {"__name__": "block"})  # noqa: S102
+
+
+def test_the_readme_shows_python_that_is_run():
+    assert len(blocks(ROOT / "README.md", "python")) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def shown_commands() -> dict[str, set[str]]:
+    """Options that the pages use, for each script."""
+    used: dict[str, set[str]] = {}
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in line.split("&&"):
+                    script = re.search(r"examples/\S+\.py", command)
+                    if script:
+                        flags = re.findall(r"\s(--[a-z-]+)", command[script.end() :])
+                        used.setdefault(script.group(), set()).update(flags)
+    return used
+
+
+@pytest.mark.parametrize("script", sorted(shown_commands()))
+def test_shown_commands_use_options_that_exist(script):
+    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    known = set(re.findall(r"(--[a-z-]+)", result.stdout))
+    assert not shown_commands()[script] - known
