@@ -75,6 +75,12 @@ def test_each_threshold_is_a_least_value(thresholds, duplicates):
     assert duplicate_report([found], [target((A, 0))], **thresholds).duplicates == duplicates
 
 
+def test_a_second_report_is_faint_in_relation_to_the_best_one():
+    for best, duplicates in [(0.5, 1), (0.9, 0)]:
+        found = detection((A, best, 0), (A, 0.2, 0))
+        assert duplicate_report([found], [target((A, 0))], relative_score=0.3).duplicates == duplicates
+
+
 def test_a_detection_claims_only_the_object_it_overlaps_most():
     neighbour = [0.0, 0, 10, 7]
     found = detection((A, 0.9, 0), (neighbour, 0.8, 0))  # their IoU is 0.7

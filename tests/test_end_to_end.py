@@ -199,7 +199,7 @@ def test_a_stock_torchvision_loop_trains_it_unchanged(distil):
             losses.backward()
             optimizer.step()
             history.append(float(losses.detach()))
-    assert sum(history[-4:]) < 0.7 * sum(history[:4])
+    assert sum(history[-4:]) < 0.85 * sum(history[:4])
     model.eval()
     with torch.no_grad():
         assert [set(detection) for detection in model(data[0][0])] == [{"boxes", "scores", "labels"}] * 3

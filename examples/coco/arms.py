@@ -59,8 +59,7 @@ class Arm(nn.Module):
         super().__init__()
         self.trainee = trainee
         self.one_to_many = one_to_many
-        # In a tuple, because it is a part of the trainee already. A fresh one has its constants on the CPU.
-        self._adapter = (adapter.to(next(adapter.parameters()).device),)
+        self._adapter = (adapter,)  # in a tuple, because it is a part of the trainee already
 
     @property
     def adapter(self) -> DetectorAdapter:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from arms import Arm
-from coco_data import CocoDataset, CocoIndex, collate, locate_split, read_coco
+from coco_data import CocoDataset, collate
 from coco_metrics import CocoScores, coco_evaluate, coco_results
+from coco_reader import CocoIndex, locate_split, read_coco
 from runs import load_model, write_json
 from torch.utils.data import DataLoader, Subset
 

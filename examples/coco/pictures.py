@@ -192,23 +192,23 @@ def _draw_losses(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> int:
 def _draw_scores(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> int:
     """Draw AP with and without NMS, and duplicates against an axis of their own; return the number of curves."""
 
-    def curve(on: Axes, key: str, label: str, **look: Any) -> float:
-        pairs = [(line["epoch"], 100 * line["scores"][key]) for line in lines if line["scores"].get(key) is not None]
+    def curve(on: Axes, key: str, label: str, factor: float, digits: int, **look: Any) -> float:
+        pairs = [(line["epoch"], factor * line["scores"][key]) for line in lines if line["scores"].get(key) is not None]
         if not pairs:
             return 0.0
         on.plot(*np.array(pairs, dtype=float).T, **look)
-        axes.plot([], [], label=f"{label}, last {pairs[-1][1]:.1f}", **look)
+        axes.plot([], [], label=f"{label}, last {pairs[-1][1]:.{digits}f}", **look)
         return float(max(score for _, score in pairs))
 
     best = max(
-        curve(axes, "ap_nms", "with NMS", color=_ORANGE, marker="s", ms=8, lw=2.6),
-        curve(axes, "ap", "without NMS", color=_BLUE, marker="o", ms=8, lw=2.6),
+        curve(axes, "ap_nms", "with NMS", 100, 1, color=_ORANGE, marker="s", ms=8, lw=2.6),
+        curve(axes, "ap", "without NMS", 100, 1, color=_BLUE, marker="o", ms=8, lw=2.6),
     )
     axes.set_ylim(0, 1.06 * best or 1)
     twin = axes.twinx()
-    most = curve(twin, "duplicates", "duplicates", color=_GREY, marker="D", ms=6, ls=":")
+    most = curve(twin, "duplicates", "duplicates", 1, 2, color=_GREY, marker="D", ms=6, ls=":")
     twin.set(ylim=(0, 1.06 * most or 1), visible=bool(twin.get_lines()))
-    twin.set_ylabel("duplicates, %", fontsize=16, color=_GREY)
+    twin.set_ylabel("duplicates per found object", fontsize=16, color=_GREY)
     twin.tick_params(labelsize=15, colors=_GREY, length=0)
     twin.spines[:].set_visible(False)
     return len(axes.get_legend_handles_labels()[1])

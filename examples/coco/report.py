@@ -14,7 +14,7 @@ from logbook import read_metrics
 from pictures import AssignmentView, draw_assignments, draw_curves, draw_predictions
 from torch import Tensor
 
-from crosskd_assign import DensePredictions, Detection, Target, TaskAwareOneToOneAssigner
+from crosskd_assign import DensePredictions, Detection, GridLevel, Target, TaskAwareOneToOneAssigner
 from crosskd_assign.diagnostics import one_to_many_detections
 from crosskd_assign.functional import task_aware_metric
 
@@ -49,7 +49,9 @@ def draw_report(
     samples = [dataset[i] for i in chosen]
     pixels = [image.to(device) for image, _ in samples]
     targets: list[Target] = [{"boxes": t["boxes"].to(device), "labels": t["labels"].to(device)} for _, t in samples]
-    columns: list[tuple[str, Sequence[Detection | Target]]] = [("ground truth", [t for _, t in samples])]
+    columns: list[tuple[str, Sequence[Detection | Target]]] = [
+        ("ground truth", [Target(boxes=t["boxes"], labels=t["labels"]) for _, t in samples])
+    ]
     if teacher is not None:
         columns += [("teacher, with NMS", _detect(teacher, pixels, 0.6))]
     kind = "one-to-many" if arm.one_to_many else "student"
@@ -116,7 +118,19 @@ def _heat(
     ).amax(dim=1)  # (A,)
     start = 0
     for level in predictions.levels:
-        cells = metric[start : start + len(level)].view(1, level.height, level.width, level.anchors).amax(dim=-1)
-        heat = torch.maximum(heat, F.interpolate(cells[None], tuple(size), mode="bilinear", align_corners=False)[0, 0])
+        cells = metric[start : start + len(level)].view(1, 1, level.height, level.width, level.anchors).amax(dim=-1)
+        heat = torch.maximum(heat, F.grid_sample(cells, _sampling_grid(level, heat), align_corners=True)[0, 0])
         start += len(level)
     return heat
+
+
+def _sampling_grid(level: GridLevel, picture: Tensor) -> Tensor:
+    """Where each pixel of a picture lies on a level's grid, ``(1, H, W, 2)`` as `grid_sample` counts: -1 to 1."""
+    axes = []
+    for pixels, origin, step, size in zip(
+        picture.shape[::-1], level.origin, level.step, (level.width, level.height), strict=True
+    ):
+        position = (torch.arange(pixels, device=picture.device) + 0.5 - origin) / step
+        axes.append(2 * position.clamp(0, size - 1) / max(1, size - 1) - (1 if size > 1 else 0))
+    x, y = torch.meshgrid(axes[0], axes[1], indexing="xy")
+    return torch.stack([x, y], dim=-1)[None]

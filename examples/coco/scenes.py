@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from coco_data import DatasetError
+from coco_reader import DatasetError
 from PIL import Image, ImageDraw, ImageFilter
 
 Array = npt.NDArray[np.float64]
@@ -58,7 +58,7 @@ class Scene:
 def sample_scene(rng: np.random.Generator, size: int) -> Scene:
     """Decides on everything that a picture of ``size`` × ``size`` pixels shows.
 
-    One to nine objects, 8 to 55 % of the side long; in a third of the scenes, some of one shape crowd together. Every
+    One to nine objects, 14 to 55 % of the side long; in a third of the scenes, some of one shape crowd together. Every
     object keeps at least 40 % of its area in sight, and no two boxes have an IoU above 0.7.
     """
     background = _background(rng, size)

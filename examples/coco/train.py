@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from arms import METRICS, Arm, build_arm, needs_teacher
-from coco_data import CocoDataset, CocoIndex, ResumableSampler, augmentation, collate, locate_split, read_coco
+from coco_data import CocoDataset, ResumableSampler, augmentation, collate
+from coco_reader import CocoIndex, locate_split, read_coco
 from evaluate import Evaluation, evaluate, leave_signals_alone, table
 from logbook import Logbook
 from models import build_detector, torchvision_detector

@@ -12,17 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coco_data import (
-    CocoDataset,
-    CocoIndex,
-    DatasetError,
-    Level,
-    ResumableSampler,
-    augmentation,
-    collate,
-    locate_split,
-    read_coco,
-)
+from coco_data import CocoDataset, Level, ResumableSampler, augmentation, collate
+from coco_reader import CocoIndex, DatasetError, locate_split, read_coco
 from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor

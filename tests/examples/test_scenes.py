@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import scenes
 import torch
-from coco_data import CocoDataset, DatasetError, locate_split, read_coco
+from coco_data import CocoDataset
+from coco_reader import DatasetError, locate_split, read_coco
 from PIL import Image
 from scenes import SHAPES, Layer, Scene, render, sample_scene, write_scenes
 from torchvision.ops import batched_nms, box_iou

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 import torch
 import train
 from arms import ARMS, METRICS, Arm, build_arm, needs_teacher
-from coco_data import CocoDataset, locate_split, read_coco
+from coco_data import CocoDataset
+from coco_reader import locate_split, read_coco
+from evaluate import evaluate
 from logbook import read_metrics
 from models import build_detector
 from PIL import Image
 from report import assignment_views
-from runs import environment, load_model, write_json
+from runs import environment, load_checkpoint, load_model, write_json
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models.detection import FCOS
@@ -223,6 +226,74 @@ def test_the_assignment_picture_shows_the_metric_that_was_trained_with(
     ]
     assert heats[0].shape == image.shape[-2:]
     assert float(heats[0].max()) > 10 * float(heats[1].max()) > 0  # p · IoU⁶ is far below p⁰·² · IoU⁰·⁸
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_evaluations_on_the_way_use_the_average_of_the_weights(workshop, tmp_path, monkeypatch):
+    scored = []
+
+    def record(arm: Arm, *arguments: Any, **options: Any) -> Any:
+        scored.append({name: value.clone() for name, value in arm.adapter.model.state_dict().items()})
+        return evaluate(arm, *arguments, **options)
+
+    monkeypatch.setattr(train, "evaluate", record)
+    assert workshop.train(tmp_path / "run", arm="one-to-one", epochs=2, ema=0.9, eval_every=1) == 0
+    average = torch.load(tmp_path / "run" / "previous.pt", weights_only=True)["average"]
+    assert len(scored) == 2
+    assert all(torch.equal(value, average[f"module.{name}"]) for name, value in scored[0].items())
+
+
+# --- losses that are not finite ---------------------------------------------------------------------------------------
+
+
+def finite(state: dict[str, Any]) -> bool:
+    return all(bool(value.isfinite().all()) for value in state["arm"].values())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_loss_that_is_not_finite_is_named_with_its_step_and_images(workshop, tmp_path, monkeypatch, capsys):
+    original, seen = Arm.forward, []
+
+    def forward(arm: Arm, images: list[Tensor], targets: list[Any]) -> dict[str, Tensor]:
+        losses = original(arm, images, targets)
+        seen.append([int(target["image_id"]) for target in targets])
+        return {**losses, "bbox_regression": losses["bbox_regression"] * (math.nan if len(seen) == 3 else 1)}
+
+    monkeypatch.setattr(Arm, "forward", forward)
+    options = {"arm": "one-to-one", "save_every": 1, "log_every": 100}
+    assert workshop.train(tmp_path / "run", **options) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: Expected finite losses")
+    assert "'bbox_regression': nan" in line
+    assert f"(step 3, images {seen[2]})" in line
+    state = load_checkpoint(tmp_path / "run")
+    assert state["step"] == 2
+    assert finite(state)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_training_that_diverges_leaves_a_finite_checkpoint(workshop, tmp_path, capsys):
+    assert workshop.train(tmp_path / "run", arm="one-to-one", lr=1e30, save_every=1) == 2
+    assert "the last checkpoint is good" in capsys.readouterr().err
+    assert finite(load_checkpoint(tmp_path / "run"))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_gradient_that_is_not_finite_is_not_saved_either(workshop, tmp_path, monkeypatch, capsys):
+    original, calls = Arm.forward, list[Arm]()
+
+    def forward(arm: Arm, images: list[Tensor], targets: list[Any]) -> dict[str, Tensor]:
+        losses = original(arm, images, targets)
+        calls.append(arm)
+        root = (losses["classification"] * 0).sqrt()  # 0, with a derivative of 0 · ∞
+        return {**losses, "root": root} if len(calls) == 2 else losses
+
+    monkeypatch.setattr(Arm, "forward", forward)
+    assert workshop.train(tmp_path / "run", arm="one-to-one", save_every=1) == 2
+    assert "Expected finite weights, but got NaN or infinity (step 2)" in capsys.readouterr().err
+    state = load_checkpoint(tmp_path / "run")
+    assert state["step"] == 1
+    assert finite(state)
 
 
 # --- its parts --------------------------------------------------------------------------------------------------------

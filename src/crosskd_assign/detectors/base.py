@@ -60,8 +60,10 @@ class DetectorAdapter(nn.Module, ABC):
         self.size_divisible = size_divisible
         self.image_mean: Tensor
         self.image_std: Tensor
-        self.register_buffer("image_mean", torch.tensor(image_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
+        parameter = next(model.parameters(), None)
+        device = None if parameter is None else parameter.device  # the model may have been moved already
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            self.register_buffer(name, torch.tensor(values, device=device).view(3, 1, 1), persistent=False)
 
     @abstractmethod
     def features(self, batch: Batch) -> list[Tensor]:
