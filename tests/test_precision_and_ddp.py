@@ -76,6 +76,16 @@ def test_a_detector_cast_to_half_precision_detects_the_same_in_float32_pixels(ki
         torch.testing.assert_close(mine["scores"], reference["scores"], atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64], ids=str)
+def test_a_model_cast_before_it_is_wrapped_is_as_good_as_one_cast_afterwards(dtype):
+    images = [image.to(dtype) for image in scene(SIZES)[0]]
+    with torch.no_grad():
+        before = EndToEndDetector(small_fcos().to(dtype), top_k=5).eval()(images)
+        after = EndToEndDetector(small_fcos(), top_k=5).to(dtype).eval()(images)
+    torch.testing.assert_close(before, after)
+    CrossHeadDistiller(small_fcos(1).to(dtype), small_fcos(2).to(dtype))
+
+
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_a_step_in_double_precision_stays_in_double_precision(student, teacher):
     images, targets = scene(SIZES)

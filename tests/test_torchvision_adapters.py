@@ -153,7 +153,9 @@ def test_preprocessing_edits_neither_images_nor_targets():
     before = [x.clone() for x in [*images, *(t["boxes"] for t in targets)]]
     adapter = adapt(small_fcos(min_size=40))
     batch, moved = adapter.preprocess(images, targets)
-    adapter.normalize(batch)
+    pixels = batch.images.clone()
+    adapter.features(batch)
+    assert torch.equal(batch.images, pixels), "another detector is to see the same batch"
     assert moved is not None
     assert not torch.equal(moved[0]["boxes"], targets[0]["boxes"])
     for was, now in zip(before, [*images, *(t["boxes"] for t in targets)], strict=True):

@@ -91,30 +91,33 @@ class TaskAwareOneToOneAssigner:
             nothing = torch.zeros(0, dtype=torch.int64, device=device)
             return Assignment(nothing, nothing, nothing, nothing.float(), nothing.bool())
 
-        boxes = torch.cat([target["boxes"] for target in targets]).float()  # (B, 4)
-        labels = torch.cat([target["labels"] for target in targets])  # (B,)
         image = np.repeat(np.arange(len(counts)), counts)  # (B,), known without asking the device
         target = np.concatenate([np.arange(count) for count in counts])  # (B,)
-        point, metric = self._candidates(predictions, boxes, labels, torch.from_numpy(image).to(device))
-
-        # The only transfer to the host. float64 holds indices and float32 values exactly.
-        k = point.shape[1]
-        host = torch.cat([x.double() for x in (metric, point, boxes, labels[:, None])], dim=1).cpu().numpy()
-        host_metric, host_point, host_boxes = host[:, :k], host[:, k : 2 * k].astype(np.int64), host[:, 2 * k : -1]
-        host_labels = host[:, -1].astype(np.int64)
+        point, logits, predicted, boxes, labels = self._candidates(
+            predictions,
+            torch.cat([target["boxes"] for target in targets]).float(),
+            torch.cat([target["labels"] for target in targets]),
+            torch.from_numpy(image).to(device),
+        )
+        host_boxes, host_labels = boxes.numpy(), labels.numpy()
         check_target_values(host_boxes, host_labels, image, target, predictions.logits.shape[-1])
 
-        num_points = len(predictions.points)
+        # On the host from here on: matching is a little work on little data that decides what to do next, and the same
+        # arithmetic gives the same assignment wherever the predictions were made.
+        # float64, then rounded: vectorised float32 powers differ in the last bit with their place in memory, which
+        # would break ties at random.
+        metric = task_aware_metric(
+            logits.double(), predicted.double(), boxes[:, None].double(), alpha=self.alpha, beta=self.beta
+        ).float()
+        finite = (logits.isfinite() & predicted.isfinite().all(dim=-1)).numpy()
+        valid = point.numpy() >= 0
+        usable = np.where(valid & finite, metric.numpy(), -1.0)  # (B, K)
         # A fixed order of the boxes makes the outcome independent of the order they came in.
-        order = np.lexsort((host_labels, *host_boxes.T[::-1], image))
-        chosen, value, fallback = self._match(
-            host_metric[order], host_point[order], host_boxes[order], image[order], predictions
-        )
-        restore = np.argsort(order)
-        chosen, value, fallback = chosen[restore], value[restore], fallback[restore]
+        rank = np.argsort(np.lexsort((host_labels, *host_boxes.T[::-1], image)))
+        chosen, value, fallback = self._match(usable, point.numpy(), host_boxes, image, rank, predictions)
         matched = chosen >= 0
-        pairs = np.stack([image, chosen % num_points, target, fallback])[:, matched]
-        packed = torch.from_numpy(np.concatenate([pairs, value[None, matched]])).to(device)
+        pairs = np.stack([image, chosen % len(predictions.points), target, fallback, value])[:, matched]
+        packed = torch.from_numpy(pairs).to(device)
         image_index, point_index, target_index, is_fallback = packed[:4].long()
         return Assignment(
             image_index,
@@ -123,36 +126,38 @@ class TaskAwareOneToOneAssigner:
             packed[4].float(),
             is_fallback.bool(),
             unmatched=int((~matched).sum()),
-            non_finite=int(np.isnan(host_metric).sum()),
+            non_finite=int((valid & ~finite).sum()),
         )
 
     def _candidates(
         self, predictions: DensePredictions, boxes: Tensor, labels: Tensor, image: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """``point (B, K)`` and ``metric (B, K)``: −1 outside the prior, NaN where the prediction is not finite."""
+    ) -> tuple[Tensor, ...]:
+        """What the matching needs, on the host.
+
+        Returns:
+            ``point (B, K)``, −1 outside the prior; its ``logits (B, K)`` and ``predicted (B, K, 4)`` boxes; ``boxes
+            (B, 4)``; ``labels (B,)``.
+        """
         if predictions.levels is not None:
             point, valid = grid_candidates(boxes, predictions.levels, self.center_radius)
         else:
             point, valid = point_candidates(boxes, predictions.points, predictions.strides, self.center_radius)
         # Labels are checked on the host afterwards; until then an index must not run out of bounds.
         channel = labels.clamp(0, predictions.logits.shape[-1] - 1)
-        logits = predictions.logits[image[:, None], point, channel[:, None]].float()  # (B, K)
-        predicted = predictions.boxes[image[:, None], point].float()  # (B, K, 4)
-        metric = task_aware_metric(logits, predicted, boxes[:, None], alpha=self.alpha, beta=self.beta)
-        finite = logits.isfinite() & predicted.isfinite().all(dim=-1)
-        return point, torch.where(valid, torch.where(finite, metric, torch.nan), -1.0)
+        logits = predictions.logits[image[:, None], point, channel[:, None]].float()
+        predicted = predictions.boxes[image[:, None], point].float()
+        return _to_host(torch.where(valid, point, -1), logits, predicted, boxes, labels)
 
     def _match(
-        self, metric: Floats, point: Ints, boxes: Floats, image: Ints, predictions: DensePredictions
+        self, metric: Floats, point: Ints, boxes: Floats, image: Ints, rank: Ints, predictions: DensePredictions
     ) -> tuple[Ints, Floats, Ints]:
         """Column (image · A + point, −1 if none), metric and fallback flag of each of B boxes."""
         num_points = len(predictions.points)
         column = point + image[:, None] * num_points
-        usable = np.nan_to_num(metric, nan=-1.0)
-        choice = (match_exact if self.solver == "exact" else match_greedy)(usable, column)
+        choice = (match_exact if self.solver == "exact" else match_greedy)(metric, column, rank)
         rows = np.arange(len(boxes))
         chosen = np.where(choice >= 0, column[rows, choice], -1)
-        value = np.where(choice >= 0, usable[rows, choice], 0.0)
+        value = np.where(choice >= 0, metric[rows, choice], 0.0)
         fallback = np.zeros(len(boxes), dtype=np.int64)
         left_over = np.flatnonzero(choice < 0)
         if len(left_over) == 0:
@@ -160,9 +165,9 @@ class TaskAwareOneToOneAssigner:
 
         points = predictions.points.double().cpu().numpy()  # only now: left-over boxes are rare
         taken = set(chosen[chosen >= 0].tolist())
-        for b in left_over:
+        for b in left_over[np.argsort(rank[left_over])]:
             # Points inside the prior that predict no overlap yet are still better than points outside it.
-            free = [c for c in column[b, usable[b] == 0].tolist() if c not in taken]
+            free = [c for c in column[b, metric[b] == 0].tolist() if c not in taken]
             if free:
                 chosen[b] = free[0]
             else:
@@ -173,3 +178,13 @@ class TaskAwareOneToOneAssigner:
             if chosen[b] >= 0:
                 taken.add(int(chosen[b]))
         return chosen, value, fallback
+
+
+def _to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors on the CPU, of the same shapes and kinds, in a single transfer."""
+    if tensors[0].device.type == "cpu":
+        return tensors
+    # float64 holds float32 values and all indices exactly.
+    packed = torch.cat([x.flatten().double() for x in tensors]).cpu()
+    parts = torch.split(packed, [x.numel() for x in tensors])
+    return tuple(part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors, strict=True))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from .structures import GridLevel
 
 __all__ = ["grid_candidates", "match_exact", "match_greedy", "nearest_free_point", "point_candidates"]
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 
@@ -47,7 +48,7 @@ def grid_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float) -
     Returns:
         ``point (B, K)`` int64, ascending in each row where valid, and ``valid (B, K)`` bool; elsewhere the point is 0.
     """
-    # float64 is exact for float32 boxes and the usual strides: the borders of the prior are open.
+    # float64 is exact for float32 boxes: the borders of the prior are open.
     corners = boxes.double().view(len(boxes), 1, 2, 2)  # (B, 1, low or high, x or y)
     low, high = corners[:, :, 0], corners[:, :, 1]  # (B, 1, 2)
     middle = (low + high) / 2
@@ -60,11 +61,13 @@ def grid_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float) -
         )
     )
     reach = torch.tensor([[radius * level.stride] for level in levels], dtype=torch.float64, device=boxes.device)
+    # Points are float32. Where their steps are not, a point may lie a rounding off its place on the ideal grid.
+    slack = 0.0 if all(float(64 * x).is_integer() for level in levels for x in (*level.step, *level.origin)) else 1e-3
     # An open interval of length 2 · reach never holds more grid points than this.
-    count = max(1, *(math.ceil(2 * radius * level.stride / min(level.step)) for level in levels))
-    first = torch.floor((middle - reach - origin) / step) + 1  # (B, L, 2)
+    count = max(1, *(math.ceil(2 * (radius * level.stride / min(level.step) + slack)) for level in levels))
+    first = torch.floor((middle - reach - origin) / step - slack) + 1  # (B, L, 2)
     index = first[..., None] + torch.arange(count, device=boxes.device)  # (B, L, 2, k)
-    position = index * step[..., None] + origin[..., None]
+    position = (index.float() * step.float()[..., None] + origin.float()[..., None]).double()  # as GridLevel.points
     inside = (position - middle[..., None]).abs() < reach[..., None]
     inside &= (position > low[..., None]) & (position < high[..., None]) & (index >= 0) & (index < size[..., None])
     index = torch.where(inside, index, 0.0)
@@ -127,12 +130,13 @@ def nearest_free_point(points: Floats, center: Floats, taken: Ints) -> int:
 # --- one-to-one matching ---------------------------------------------------------------------------------------------
 
 
-def match_exact(metric: Floats, column: Ints) -> Ints:
+def match_exact(metric: Floats, column: Ints, rank: Ints | None = None) -> Ints:
     """The matching with the greatest sum of metrics.
 
     Args:
         metric: ``(B, K)``; only pairs with a metric above 0 can be matched.
-        column: ``(B, K)`` distinct columns in each row.
+        column: ``(B, K)``; the columns of a row that can be matched are distinct.
+        rank: ``(B,)`` place of each box in an order that does not depend on how boxes came in; None for 0, 1, ….
 
     Returns:
         ``(B,)`` index into K, −1 for boxes that the optimum leaves unmatched. Of equal metrics of a box the first wins.
@@ -145,6 +149,8 @@ def match_exact(metric: Floats, column: Ints) -> Ints:
     contested = wants & _repeated(favourite, wants)
     while contested.any():
         group = np.flatnonzero(contested)
+        if rank is not None:
+            group = group[np.argsort(rank[group])]
         choice[group] = _match_group(metric[group], column[group])
         solved = group[choice[group] >= 0]
         robbed = wants & ~contested & np.isin(favourite, column[solved, choice[solved]])
@@ -154,20 +160,21 @@ def match_exact(metric: Floats, column: Ints) -> Ints:
     return choice
 
 
-def match_greedy(metric: Floats, column: Ints) -> Ints:
+def match_greedy(metric: Floats, column: Ints, rank: Ints | None = None) -> Ints:
     """Best metric first: what sorting all pairs and taking each whose box and column are both free would give.
 
     Every box asks for its best column, each column keeps the best of those who ask, the others ask for their next. The
     result is the sorted order's because both sides rank a pair by the same number. Arguments and result as
-    `match_exact`; of equal metrics the first box wins.
+    `match_exact`; of equal metrics the box of lower rank wins.
     """
     remaining = metric.copy()
     rows = np.arange(len(metric))
+    rank = rows if rank is None else rank
     while True:
         choice: Ints = remaining.argmax(axis=1)
         value = remaining[rows, choice]
         asking = np.flatnonzero(value > 0)
-        order = asking[np.lexsort((asking, -value[asking], column[asking, choice[asking]]))]
+        order = asking[np.lexsort((rank[asking], -value[asking], column[asking, choice[asking]]))]
         wanted = column[order, choice[order]]
         losers = order[1:][wanted[1:] == wanted[:-1]]
         if len(losers) == 0:
