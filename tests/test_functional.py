@@ -117,7 +117,8 @@ def test_autocast_changes_nothing_and_losses_are_float32(name, dtype):
         inside = function(*inputs)
     assert inside.dtype == outside.dtype == (dtype if name == "align_statistics" else torch.float32)
     assert torch.equal(inside, outside)
-    torch.testing.assert_close(outside.double(), function(*(i.double() for i in inputs)), rtol=1e-2, atol=2e-2)
+    rtol = 1e-2 if name == "align_statistics" else 1e-5  # its result is in half precision; the others' never is
+    torch.testing.assert_close(outside.double(), function(*(i.double() for i in inputs)), rtol=rtol, atol=rtol)
 
 
 # --- extremes ---------------------------------------------------------------------------------------------------------
@@ -204,11 +205,6 @@ def test_large_and_strided_logits_give_the_loss_and_gradient_of_small_ones():
     torch.testing.assert_close(gradient(loss, z), gradient(expected, z))
 
 
-def test_classification_defaults_are_those_of_the_paper():
-    z = normal(2, 5, 3)
-    assert one_to_one_classification(z) == one_to_one_classification(z, alpha=0.25, gamma=2.0)
-
-
 def test_box_loss_equals_torchvision():
     predicted, truth = boxes(2, 5), boxes(3, seed=7)
     matched = predicted[ASSIGNMENT.image, ASSIGNMENT.point]
@@ -221,6 +217,18 @@ def test_an_empty_assignment_gives_a_zero_box_loss_with_a_graph_even_beside_nan(
     loss = functional.one_to_one_box_loss(predicted, assignment_of(), torch.zeros(0, 4), normalizer=1.0)
     assert loss.item() == 0
     assert not gradient(loss, predicted).any()
+
+
+def test_boxes_that_nothing_is_matched_with_have_no_influence_even_if_nan():
+    predicted = boxes(2, 5)
+    expected = one_to_one_box(predicted)
+    unmatched = torch.ones(2, 5, dtype=torch.bool)
+    unmatched[ASSIGNMENT.image, ASSIGNMENT.point] = False
+    predicted[unmatched] = float("nan")
+    predicted.requires_grad_()
+    loss = one_to_one_box(predicted)
+    assert loss.item() == expected.item()
+    assert not gradient(loss, predicted)[unmatched].any()
 
 
 def test_an_empty_assignment_makes_everything_background():
@@ -247,8 +255,6 @@ def test_classification_distillation_weighs_cross_entropy_by_the_distance(gamma)
     expected = (abs(p - q) ** gamma * -(q * np.log(p) + (1 - q) * np.log(1 - p))).sum() / 3
     loss = cross_classification(torch.from_numpy(z), torch.from_numpy(t), gamma=gamma)
     assert float(loss) == pytest.approx(expected)
-    if gamma == 1:
-        assert float(cross_classification(torch.from_numpy(z), torch.from_numpy(t))) == float(loss)
 
 
 @pytest.mark.parametrize("gamma", [1, 1.5, 2])

@@ -236,6 +236,17 @@ def test_greedy_is_what_sorting_all_pairs_gives(case):
     assert (metric == before).all()
 
 
+@pytest.mark.parametrize("solve", [match_exact, match_greedy])
+@given(case=pairs(boxes=6), data=st.data())
+def test_ranked_boxes_get_the_same_columns_in_any_order(solve, case, data):
+    metric, column = case
+    order = np.array(data.draw(st.permutations(range(len(metric)))))
+    rank = np.arange(len(metric))
+    ordered = solve(metric, column, rank)
+    assert solve(metric, column).tolist() == ordered.tolist()
+    assert solve(metric[order], column[order], rank[order]).tolist() == ordered[order].tolist()
+
+
 @given(pairs(boxes=8))
 def test_greedy_never_beats_exact(case):
     metric, column = case

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,24 @@ def test_autocast_gives_float32_losses_close_to_those_of_float32(student, teache
     reached = gradients(distiller)
     assert set(reached) == {name for name, p in distiller.named_parameters() if p.requires_grad}
     assert all(gradient.isfinite().all() for gradient in reached.values())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_losses_of_half_precision_predictions_are_those_of_the_same_numbers_in_float32(dtype):
+    images, targets = scene(SIZES)
+    distiller = pair()
+    batch, moved = distiller.detector.adapter.preprocess(images, targets)
+    assert moved is not None
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        teacher, cross = distiller.cross(distiller.detector.adapter.features(batch), batch)
+        losses = distiller.detector.losses(cross, moved), distiller.compare(cross, teacher)
+    assert cross.logits.dtype == dtype, "autocast was not on"
+    full = []
+    for p in (teacher, cross):
+        assert p.quality is not None
+        full.append(replace(p, logits=p.logits.float(), quality=p.quality.float()))
+    expected = distiller.detector.losses(full[1], moved), distiller.compare(full[1], full[0])
+    torch.testing.assert_close(losses, expected)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -14,7 +14,8 @@ from pathlib import Path
 from evaluate import table
 from options import Options
 from runs import write_json
-from train import Interrupted, NonFiniteLossError, run
+from train import run
+from training import Interrupted, NonFiniteLossError
 
 __all__ = ["main"]
 

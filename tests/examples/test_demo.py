@@ -12,6 +12,7 @@ import pytest
 import train
 from options import Options
 from scenes import write_scenes
+from training import Interrupted, Training
 
 PICTURES = {
     "teacher": {"batch0.png", "curves.png", "predictions.png"},
@@ -62,9 +63,9 @@ def test_the_demo_does_not_write_over_an_earlier_one(tiny_demo, tmp_path, capsys
 @pytest.mark.usefixtures("no_pictures")
 def test_a_stopped_demo_says_how_to_begin_again(tiny_demo, tmp_path, monkeypatch, capsys):
     def stop(*_: Any) -> None:
-        raise train.Interrupted(15, "stopped at step 1")
+        raise Interrupted(15, "stopped at step 1")
 
-    monkeypatch.setattr(train.Training, "fit", stop)
+    monkeypatch.setattr(Training, "fit", stop)
     assert demo.main(tiny_demo) == 143
     assert f"remove {tmp_path / 'runs'}" in capsys.readouterr().err
 

@@ -21,6 +21,7 @@ from models import build_detector
 from runs import RunError, check_folder, load_checkpoint, load_model, save_checkpoint, save_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from training import Training
 
 pytestmark = [
     pytest.mark.usefixtures("no_pictures"),
@@ -47,14 +48,14 @@ def assert_same_run(resumed: Path, whole: Path) -> None:
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, *steps: int, number: int = signal.SIGTERM) -> None:
     """Sends this process a signal in the middle of these steps."""
-    original = train.Training._update
+    original = Training._update
 
-    def update(training: train.Training, losses: dict[str, Tensor]) -> None:
+    def update(training: Training, losses: dict[str, Tensor]) -> None:
         if training.step + 1 in steps:
             signal.raise_signal(number)
         original(training, losses)
 
-    monkeypatch.setattr(train.Training, "_update", update)
+    monkeypatch.setattr(Training, "_update", update)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:

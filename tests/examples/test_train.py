@@ -23,7 +23,7 @@ from PIL import Image
 from report import assignment_views
 from runs import environment, load_checkpoint, load_model, write_json
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 
 import crosskd_assign
@@ -189,6 +189,15 @@ def test_the_options_of_distillation_reach_the_distiller(workshop, teacher, tmp_
     assert distiller.aligner.alignment == "none"
     assert distiller.detector.assigner == METRICS["yolo"]
     assert "distill_quality" in lines(tmp_path / "run", "train")[0]["losses"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_detector_of_another_width_and_depth_is_read_back_as_such(workshop, teacher, tmp_path):
+    options = {"arm": "cross-head", "teacher": teacher, "channels": 32, "head_convs": 1}
+    assert workshop.train(tmp_path / "run", **options) == 0
+    model, _ = load_model(tmp_path / "run")
+    assert model.head.classification_head.cls_logits.in_channels == 32
+    assert len([layer for layer in model.head.regression_head.conv if isinstance(layer, nn.Conv2d)]) == 1
 
 
 @pytest.mark.usefixtures("no_pictures")
