@@ -67,7 +67,7 @@ def test_losses_of_half_precision_predictions_are_those_of_the_same_numbers_in_f
     assert moved is not None
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
         teacher, cross = distiller.cross(distiller.detector.adapter.features(batch), batch)
-        losses = distiller.detector.losses(cross, moved), distiller.compare(cross, teacher)
+    losses = distiller.detector.losses(cross, moved), distiller.compare(cross, teacher)
     assert cross.logits.dtype == dtype, "autocast was not on"
     full = []
     for p in (teacher, cross):

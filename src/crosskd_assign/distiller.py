@@ -41,6 +41,8 @@ class CrossHeadDistiller(nn.Module):
         classification_weight: Weight of the cross-head classification loss, at least 0.
         box_weight: Weight of the cross-head box loss, at least 0.
         quality_weight: Weight of the cross-head quality loss (centerness, objectness), at least 0; off by default.
+        distribution_weight: Weight of the cross-head loss on distance bins, for heads that have them, at least 0; off
+            by default.
         gamma: Exponent of the classification loss, 0 or at least 1.
         confidence_threshold: Teacher confidence from which a point counts in the normaliser, 0…1.
         alignment: "statistics" or "none"; see `FeatureAligner`.
@@ -62,6 +64,7 @@ class CrossHeadDistiller(nn.Module):
         classification_weight: float = 1.0,
         box_weight: float = 1.0,
         quality_weight: float = 0.0,
+        distribution_weight: float = 0.0,
         gamma: float = 1.0,
         confidence_threshold: float = 0.05,
         alignment: Alignment = "statistics",
@@ -70,6 +73,7 @@ class CrossHeadDistiller(nn.Module):
         check_option("classification_weight", classification_weight, low=0)
         check_option("box_weight", box_weight, low=0)
         check_option("quality_weight", quality_weight, low=0)
+        check_option("distribution_weight", distribution_weight, low=0)
         check_option("confidence_threshold", confidence_threshold, low=0, high=1)
         if gamma != 0:
             check_option("gamma", gamma, low=1)  # between 0 and 1 the gradient is infinite where both heads agree
@@ -86,6 +90,7 @@ class CrossHeadDistiller(nn.Module):
         self.classification_weight = classification_weight
         self.box_weight = box_weight
         self.quality_weight = quality_weight
+        self.distribution_weight = distribution_weight
         self.gamma = gamma
         self.confidence_threshold = confidence_threshold
         self.distillation_weight = 1.0
@@ -151,7 +156,8 @@ class CrossHeadDistiller(nn.Module):
 
         Returns:
             In training mode ``"classification"`` and ``"bbox_regression"`` of the student, and
-            ``"distill_classification"``, ``"distill_bbox_regression"`` and, if weighted, ``"distill_quality"``.
+            ``"distill_classification"``, ``"distill_bbox_regression"`` and, if weighted and had by the teacher's head,
+            ``"distill_quality"`` and ``"distill_distribution"``.
 
         Raises:
             ImageError: Images are not float ``(3, H, W)`` tensors.
@@ -236,6 +242,10 @@ class CrossHeadDistiller(nn.Module):
         if self.quality_weight > 0 and predictions.quality is not None and teacher.quality is not None:
             losses["distill_quality"] = self.quality_weight * functional.cross_head_quality_loss(
                 predictions.quality, teacher.quality, confidence, normalizer=normalizer
+            )
+        if self.distribution_weight > 0 and predictions.distribution is not None and teacher.distribution is not None:
+            losses["distill_distribution"] = self.distribution_weight * functional.cross_head_distribution_loss(
+                predictions.distribution, teacher.distribution, confidence, normalizer=normalizer
             )
         return {name: self.distillation_weight * loss for name, loss in losses.items()}
 

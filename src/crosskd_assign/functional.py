@@ -20,6 +20,7 @@ __all__ = [
     "align_statistics",
     "cross_head_box_loss",
     "cross_head_classification_loss",
+    "cross_head_distribution_loss",
     "cross_head_quality_loss",
     "distillation_normalizer",
     "mean_over_ranks",
@@ -158,6 +159,35 @@ def cross_head_box_loss(
     """
     overlap = generalized_iou(at_least_float32(cross_boxes), at_least_float32(teacher_boxes.detach()))
     return (confidence.detach() * (1 - overlap)).sum() / normalizer
+
+
+def cross_head_distribution_loss(
+    cross_bins: Tensor,
+    teacher_bins: Tensor,
+    confidence: Tensor,
+    *,
+    normalizer: Tensor | float,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Σ w · T² · mean over sides of KL(softmax(d_t / T) ‖ softmax(d_x / T)): zero where the two agree.
+
+    For heads that predict each side of a box as a distribution over distance bins. Source: localisation distillation,
+    Zheng et al., CVPR 2022, eq. 3; T = 1 as in CrossKD (Wang et al., CVPR 2024).
+
+    Args:
+        cross_bins: ``(N, A, 4, R)`` logits of R bins, of the teacher's head on the student's features.
+        teacher_bins: ``(N, A, 4, R)`` of the teacher's head on its own features; no gradient flows into it.
+        confidence: ``(N, A)`` weights w of `teacher_confidence`.
+        normalizer: Divisor of the sum.
+        temperature: T, above 0.
+
+    Returns:
+        A scalar.
+    """
+    student = F.log_softmax(at_least_float32(cross_bins) / temperature, dim=-1)
+    teacher = F.log_softmax(at_least_float32(teacher_bins.detach()) / temperature, dim=-1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1).mean(dim=-1)  # (N, A)
+    return temperature**2 * (confidence.detach() * divergence).sum() / normalizer
 
 
 def cross_head_quality_loss(

@@ -103,6 +103,8 @@ class DensePredictions:
         points: ``(A, 2)`` ``x, y`` of the point each prediction is made from, in pixels.
         strides: ``(A,)`` stride of the level each prediction belongs to, in pixels.
         quality: ``(N, A)`` centerness, objectness or IoU logits; None for heads without such a branch.
+        distribution: ``(N, A, 4, R)`` logits over R distance bins for each side of the box; None for heads that predict
+            the distances themselves.
         levels: The regular grids that ``points`` were made from. With them candidate points are found by arithmetic;
             None for point sets that are no grids.
     """
@@ -112,15 +114,23 @@ class DensePredictions:
     points: Tensor
     strides: Tensor
     quality: Tensor | None = None
+    distribution: Tensor | None = None
     levels: tuple[GridLevel, ...] | None = None
 
     @classmethod
-    def on_grid(cls, logits: Tensor, boxes: Tensor, levels: Sequence[GridLevel], quality: Tensor | None = None) -> Self:
+    def on_grid(
+        cls,
+        logits: Tensor,
+        boxes: Tensor,
+        levels: Sequence[GridLevel],
+        quality: Tensor | None = None,
+        distribution: Tensor | None = None,
+    ) -> Self:
         """Predictions on regular grids; points and strides follow from ``levels``."""
         device = boxes.device
         points = torch.cat([level.points(device) for level in levels])
         strides = torch.cat([points.new_full((len(level),), level.stride) for level in levels])
-        return cls(logits, boxes, points, strides, quality, tuple(levels))
+        return cls(logits, boxes, points, strides, quality, distribution, tuple(levels))
 
 
 @dataclass(frozen=True)

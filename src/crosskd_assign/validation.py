@@ -122,6 +122,10 @@ def check_predictions(predictions: DensePredictions, *, where: str, images: int)
             raise PredictionError(
                 problem(f"{name} of shape {shape} for {a} points", f"{tuple(value.shape)}", f"{where}.{name}", fix)
             )
+    bins = predictions.distribution
+    if bins is not None and (bins.dim() != 4 or bins.shape[:3] != (images, a, 4)):
+        expected = f"distribution of shape ({images}, {a}, 4, R)"
+        raise PredictionError(problem(expected, f"{tuple(bins.shape)}", f"{where}.distribution", fix))
     if predictions.levels is not None and sum(map(len, predictions.levels)) != a:
         got = f"{[len(level) for level in predictions.levels]}"
         raise PredictionError(problem(f"levels that hold {a} points in all", got, f"{where}.levels", fix))
