@@ -56,7 +56,7 @@ def test_a_student_with_the_teachers_features_gets_the_teachers_predictions_and_
             for (convolution,) in student.backbone.fpn.layer_blocks:
                 convolution.weight *= 2
                 convolution.bias.mul_(2).add_(0.5)
-    distiller = CrossHeadDistiller(student, teacher, alignment=alignment, quality_weight=1)
+    distiller = CrossHeadDistiller(student, teacher, alignment=alignment, quality_weight=int(kind == "fcos"))
     images, targets = scene(SIZES)
     on_teacher, cross = crossed(distiller, images)
     for field in ("logits", "boxes", "quality"):
@@ -197,7 +197,8 @@ def test_weights_scale_their_loss_zero_removes_it_and_the_students_losses_stay()
         gone = pair(**{**weights, option: 0})(images, targets)
         assert set(gone) == set(other) == set(usual) - {f"distill_{name}"}
         torch.testing.assert_close(other, {key: usual[key] for key in other})
-    assert "distill_quality" not in pair("fcos", "retinanet", quality_weight=1)(images, targets)
+    with pytest.raises(errors.IncompatibleDetectorsError, match="a head that predicts quality"):
+        pair("fcos", "retinanet", quality_weight=1)(images, targets)
 
 
 def test_the_distillation_weight_scales_all_distillation_losses_and_no_other():

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from crosskd_assign import CrossHeadDistiller
-from crosskd_assign.errors import PredictionError
+from crosskd_assign.errors import IncompatibleDetectorsError, PredictionError
 from crosskd_assign.functional import cross_head_distribution_loss
 from tests.builders import TinyAdapter, random_images, tiny_detector
 
@@ -72,19 +72,29 @@ def test_extreme_logits_stay_finite(dtype):
     assert student.grad.isfinite().all()
 
 
-def test_the_distiller_adds_it_where_it_is_weighted_and_the_teacher_has_bins():
+def test_the_distiller_adds_it_where_it_is_weighted():
     student, teacher = tiny_detector(0), tiny_detector(1)
     images = random_images()
     targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])} for _ in images]
     binned = BinnedAdapter(copy.deepcopy(teacher.model))
     plain = CrossHeadDistiller(student, binned)(images, targets)
     weighted = CrossHeadDistiller(student, binned, distribution_weight=0.5)(images, targets)
-    without_bins = CrossHeadDistiller(student, teacher, distribution_weight=0.5)(images, targets)
     assert "distill_distribution" not in plain
-    assert "distill_distribution" not in without_bins
     assert float(weighted["distill_distribution"].detach()) > 0
     weighted["distill_distribution"].backward()
     assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("branch", ["distribution", "quality"])
+def test_a_weighted_branch_that_the_teachers_head_has_not_is_refused(branch):
+    class Bare(TinyAdapter):
+        def head(self, features, batch):
+            return replace(super().head(features, batch), quality=None)
+
+    distiller = CrossHeadDistiller(tiny_detector(0), Bare(tiny_detector(1).model), **{f"{branch}_weight": 0.5})
+    targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])} for _ in range(2)]
+    with pytest.raises(IncompatibleDetectorsError, match=f"a head that predicts {branch}"):
+        distiller(random_images(), targets)
 
 
 def test_a_distribution_of_another_shape_is_refused():

@@ -24,7 +24,8 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def pair(student: str = "fcos", teacher: str = "fcos", **options: Any) -> CrossHeadDistiller:
-    return CrossHeadDistiller(MAKERS[student](seed=1), MAKERS[teacher](seed=2), quality_weight=1, **options).train()
+    options = {"quality_weight": int(teacher == "fcos")} | options  # RetinaNet has no quality branch
+    return CrossHeadDistiller(MAKERS[student](seed=1), MAKERS[teacher](seed=2), **options).train()
 
 
 def unsupported(error: RuntimeError) -> bool:

@@ -193,4 +193,10 @@ class OwnHeadImitation(CrossHeadDistiller):
         """The cross-head losses, on the student's own predictions."""
         with torch.no_grad():
             teacher = self.teacher.head(self.teacher_features(batch), batch)
+        if predictions.logits.shape != teacher.logits.shape:
+            own, other = (tuple(p.logits.shape[1:]) for p in (predictions, teacher))
+            raise ValueError(
+                f"Expected a student with the points and classes of its teacher, but got {own} and {other} "
+                "(own-head-imitation). Fix: give both one architecture, or train with cross-head, which needs neither."
+            )
         return self.compare(predictions, teacher)

@@ -212,8 +212,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """
     state = read_state_dict(path)
     own = module.state_dict()
-    # FrozenBatchNorm2d, unlike the BatchNorm2d that trained the weights, counts no batches.
+    # BatchNorm2d counts batches and FrozenBatchNorm2d does not; either takes the other's weights without that count.
+    counts = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
     state = {name: value for name, value in state.items() if name in own or not name.endswith("num_batches_tracked")}
+    state = counts | state
     wrong = list(own.keys() ^ state.keys())
     wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if wrong:

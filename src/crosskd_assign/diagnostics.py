@@ -11,7 +11,7 @@ from torch import Tensor
 from .detectors import DetectorAdapter
 from .distiller import CrossHeadDistiller
 from .end_to_end import top_detections
-from .geometry import iou
+from .geometry import clip, iou
 from .structures import Assignment, Batch, DensePredictions, Detection, Target
 
 __all__ = [
@@ -62,7 +62,9 @@ def one_to_many_detections(
         predictions = DensePredictions(score.logit(), predictions.boxes, predictions.points, predictions.strides)
     scores, boxes, labels = top_detections(predictions, top_k if nms_threshold is None else candidates)
     detections: list[Detection] = [
-        {"boxes": b, "scores": s, "labels": label} for b, s, label in zip(boxes, scores, labels, strict=True)
+        # Clipped first: boxes that reach out of the picture overlap less outside it than in.
+        {"boxes": clip(b, size), "scores": s, "labels": label}
+        for b, s, label, size in zip(boxes, scores, labels, batch.sizes, strict=True)
     ]
     if nms_threshold is not None:
         detections = [suppress(detection, nms_threshold, top_k=top_k) for detection in detections]

@@ -78,12 +78,14 @@ class CrossHeadDistiller(nn.Module):
         if gamma != 0:
             check_option("gamma", gamma, low=1)  # between 0 and 1 the gradient is infinite where both heads agree
         self.detector = student if isinstance(student, EndToEndDetector) else EndToEndDetector(student)
+        self._student_edits = self.detector.adapter.edits_features()
+        self._crossing = _crossing(self.detector.adapter.pyramid(), adapt(teacher).pyramid())
         self._teacher: tuple[DetectorAdapter] | None = None
         self.attach_teacher(teacher)
-        self._student_levels, self._teacher_levels, pairs = _shared_levels(
-            self.detector.adapter.pyramid(), self.teacher.pyramid()
+        pairs = self._crossing
+        self.aligner = FeatureAligner(
+            [c.student_channels for c in pairs], [c.teacher_channels for c in pairs], alignment
         )
-        self.aligner = FeatureAligner([s.channels for s, _ in pairs], [t.channels for _, t in pairs], alignment)
         parameter = next(self.detector.parameters(), None)
         if parameter is not None:
             self.aligner.to(device=parameter.device, dtype=parameter.dtype)
@@ -113,15 +115,21 @@ class CrossHeadDistiller(nn.Module):
         """Freeze ``teacher`` and distil from it; needed after copying or unpickling a distiller.
 
         Raises:
-            IncompatibleDetectorsError: It shares parameters with the student.
+            IncompatibleDetectorsError: It shares parameters with the student, or its pyramid differs from that of the
+                teacher this distiller was built for.
         """
         adapter = adapt(teacher)
+        crossing = _crossing(self.detector.adapter.pyramid(), adapter.pyramid())
+        if crossing != self._crossing:
+            fix = "attach the teacher it was built with, or build a new CrossHeadDistiller"
+            raise IncompatibleDetectorsError(problem(f"levels {self._crossing}", f"{crossing}", "teacher", fix))
         own = {id(parameter) for parameter in self.detector.parameters()}
         shared = [name for name, parameter in adapter.named_parameters() if id(parameter) in own]
         if shared:
             fix = "build teacher and student separately, e.g. with copy.deepcopy"
             got = f"{len(shared)} shared parameters, the first {shared[0]}"
             raise IncompatibleDetectorsError(problem("a teacher of its own", got, "teacher", fix))
+        self._teacher_edits = adapter.edits_features()
         # In a tuple, nn.Module does not register it.
         self._teacher = (adapter.eval().requires_grad_(False),)
         return self
@@ -156,8 +164,8 @@ class CrossHeadDistiller(nn.Module):
 
         Returns:
             In training mode ``"classification"`` and ``"bbox_regression"`` of the student, and
-            ``"distill_classification"``, ``"distill_bbox_regression"`` and, if weighted and had by the teacher's head,
-            ``"distill_quality"`` and ``"distill_distribution"``.
+            ``"distill_classification"``, ``"distill_bbox_regression"`` and, if weighted, ``"distill_quality"`` and
+            ``"distill_distribution"``.
 
         Raises:
             ImageError: Images are not float ``(3, H, W)`` tensors.
@@ -171,7 +179,7 @@ class CrossHeadDistiller(nn.Module):
         student = self.detector.adapter
         batch, moved = student.preprocess(images, targets)
         features = student.features(batch)
-        predictions = self.detector.predict(features, batch)
+        predictions = self.detector.predict(_guarded(features, self._student_edits), batch)
         losses = self.detector.losses(predictions, moved or [])
         return losses | self.distillation_losses(features, predictions, batch)
 
@@ -198,14 +206,15 @@ class CrossHeadDistiller(nn.Module):
         """
         with torch.no_grad():
             teacher_features = self.teacher_features(batch)
-            on_teacher = self.teacher.head(list(teacher_features), batch)
+            on_teacher = self.teacher.head(_guarded(teacher_features, self._teacher_edits), batch)
         where = f"teacher {type(self.teacher).__name__}.head()"
         check_predictions(on_teacher, where=where, images=len(batch.images))
-        return on_teacher, self.teacher.head(self.align(features, teacher_features), batch)
+        crossed = _guarded(self.align(features, teacher_features), self._teacher_edits)
+        return on_teacher, self.teacher.head(crossed, batch)
 
     def teacher_features(self, batch: Batch) -> list[Tensor]:
         """The teacher's pyramid, without a graph."""
-        if self.teacher.training:
+        if any(module.training for module in self.teacher.modules()):
             self.teacher.eval()  # somebody reached in; drifting batch-norm statistics would go unnoticed
         with torch.no_grad():
             return self.teacher.features(batch)
@@ -213,19 +222,23 @@ class CrossHeadDistiller(nn.Module):
     def align(self, features: list[Tensor], teacher_features: list[Tensor]) -> list[Tensor]:
         """The student's pyramid in the form of the teacher's.
 
-        A level that the student lacks is filled with the teacher's own: predictions agree there, and it adds nothing to
-        a loss.
+        A level that the student lacks is filled with the teacher's own: predictions agree there, and no gradient comes
+        from it.
         """
         aligned = self.aligner(
-            [features[i] for i in self._student_levels], [teacher_features[i] for i in self._teacher_levels]
+            [features[c.student] for c in self._crossing], [teacher_features[c.teacher] for c in self._crossing]
         )
         pyramid = list(teacher_features)
-        for i, x in zip(self._teacher_levels, aligned, strict=True):
-            pyramid[i] = x
+        for crossed, x in zip(self._crossing, aligned, strict=True):
+            pyramid[crossed.teacher] = x
         return pyramid
 
     def compare(self, predictions: DensePredictions, teacher: DensePredictions) -> dict[str, Tensor]:
-        """The weighted losses that pull predictions towards the teacher's."""
+        """The weighted losses that pull predictions towards the teacher's.
+
+        Raises:
+            IncompatibleDetectorsError: A weighted term needs a branch that the head has not.
+        """
         confidence = functional.teacher_confidence(teacher.logits)
         normalizer = functional.distillation_normalizer(confidence, self.confidence_threshold)
         losses: dict[str, Tensor] = {}
@@ -239,13 +252,15 @@ class CrossHeadDistiller(nn.Module):
             losses["distill_bbox_regression"] = self.box_weight * functional.cross_head_box_loss(
                 predictions.boxes, teacher.boxes, confidence, normalizer=normalizer
             )
-        if self.quality_weight > 0 and predictions.quality is not None and teacher.quality is not None:
+        if self.quality_weight > 0:
+            mine, reference = _had(predictions.quality, teacher.quality, "quality")
             losses["distill_quality"] = self.quality_weight * functional.cross_head_quality_loss(
-                predictions.quality, teacher.quality, confidence, normalizer=normalizer
+                mine, reference, confidence, normalizer=normalizer
             )
-        if self.distribution_weight > 0 and predictions.distribution is not None and teacher.distribution is not None:
+        if self.distribution_weight > 0:
+            mine, reference = _had(predictions.distribution, teacher.distribution, "distribution")
             losses["distill_distribution"] = self.distribution_weight * functional.cross_head_distribution_loss(
-                predictions.distribution, teacher.distribution, confidence, normalizer=normalizer
+                mine, reference, confidence, normalizer=normalizer
             )
         return {name: self.distillation_weight * loss for name, loss in losses.items()}
 
@@ -258,18 +273,42 @@ class CrossHeadDistiller(nn.Module):
         return f"teacher={type(model).__name__} ({size / 1e6:.1f} M parameters, frozen)"
 
 
-def _shared_levels(
-    student: list[PyramidLevel], teacher: list[PyramidLevel]
-) -> tuple[list[int], list[int], list[tuple[PyramidLevel, PyramidLevel]]]:
-    """Indices of the levels of equal stride in both pyramids, and the levels themselves."""
-    by_stride = {level.stride: i for i, level in enumerate(teacher)}
-    pairs = [(i, by_stride[level.stride]) for i, level in enumerate(student) if level.stride in by_stride]
-    if not pairs:
+@dataclass(frozen=True)
+class _Crossing:
+    """A level that both pyramids have: its indices and channels."""
+
+    student: int
+    teacher: int
+    student_channels: int
+    teacher_channels: int
+
+
+def _crossing(student: list[PyramidLevel], teacher: list[PyramidLevel]) -> list[_Crossing]:
+    """The levels of equal stride."""
+    by_stride = {level.stride: j for j, level in enumerate(teacher)}
+    crossing = [
+        _Crossing(i, by_stride[level.stride], level.channels, teacher[by_stride[level.stride]].channels)
+        for i, level in enumerate(student)
+        if level.stride in by_stride
+    ]
+    if not crossing:
         got = f"student {[s.stride for s in student]} and teacher {[t.stride for t in teacher]}"
         fix = "build both on pyramids that share at least one level"
         raise IncompatibleDetectorsError(problem("a common stride in both pyramids", got, "feature levels", fix))
-    student_index, teacher_index = [i for i, _ in pairs], [j for _, j in pairs]
-    return student_index, teacher_index, [(student[i], teacher[j]) for i, j in pairs]
+    return crossing
+
+
+def _guarded(features: list[Tensor], edited: bool) -> list[Tensor]:
+    """Copies for a head that would edit maps which others still need."""
+    return [x.clone() for x in features] if edited else list(features)
+
+
+def _had(mine: Tensor | None, teacher: Tensor | None, branch: str) -> tuple[Tensor, Tensor]:
+    """Both predictions of a branch, or an error that says it is missing."""
+    if mine is None or teacher is None:
+        fix = f"leave {branch}_weight at 0"
+        raise IncompatibleDetectorsError(problem(f"a head that predicts {branch}", "none", f"{branch}_weight", fix))
+    return mine, teacher
 
 
 @dataclass(frozen=True)
@@ -289,14 +328,17 @@ class Inheritance:
 
 
 @torch.no_grad()
-def inherit(student: nn.Module | DetectorAdapter, teacher: nn.Module | DetectorAdapter) -> Inheritance:
+def inherit(
+    student: nn.Module | DetectorAdapter | EndToEndDetector, teacher: nn.Module | DetectorAdapter
+) -> Inheritance:
     """Copy what fits of the teacher's backbone and neck into the student: same name, same shape.
 
     A one-to-one student is starved of positives and gains from a start; its head is not touched, because a one-to-many
     head would begin with many high scores an object.
 
     Args:
-        student: torchvision's FCOS or RetinaNet, or a `DetectorAdapter` (its ``trunk()`` is what is copied into).
+        student: torchvision's FCOS or RetinaNet, a `DetectorAdapter` (its ``trunk()`` is what is copied into), or an
+            `EndToEndDetector`.
         teacher: Likewise.
 
     Returns:
@@ -306,7 +348,8 @@ def inherit(student: nn.Module | DetectorAdapter, teacher: nn.Module | DetectorA
         IncompatibleDetectorsError: Nothing fits.
     """
     source = adapt(teacher).trunk().state_dict()
-    target = adapt(student).trunk().state_dict()
+    own = student.adapter if isinstance(student, EndToEndDetector) else adapt(student)
+    target = own.trunk().state_dict()
     copied: list[str] = []
     skipped: dict[str, str] = {}
     for name, value in target.items():

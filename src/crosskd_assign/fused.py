@@ -49,7 +49,9 @@ class _FusedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (derivative,) = ctx.saved_tensors
-        return (None, derivative * gradient.to(derivative.dtype), *(None,) * ctx.others)
+        # In full precision first: a loss scale alone may be beyond float16.
+        scaled = (at_least_float32(derivative) * gradient).to(derivative.dtype)
+        return (None, scaled, *(None,) * ctx.others)
 
 
 def _sum(terms: _Terms, z: Tensor, *others: Tensor) -> Tensor:

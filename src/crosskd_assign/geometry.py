@@ -13,14 +13,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+_LARGEST = 1e18  # pixels; the product of two larger sides would overflow float32
+_SMALLEST = 1e-12  # square pixels
+
+
 def area(boxes: Tensor) -> Tensor:
     """Areas ``(…,)`` of boxes ``(…, 4)`` in square pixels; 0 for inverted boxes."""
-    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp(0, _LARGEST)
     return size[..., 0] * size[..., 1]
 
 
 def _intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(0, _LARGEST)
     intersection = overlap[..., 0] * overlap[..., 1]
     return intersection, area(a) + area(b) - intersection
 
@@ -28,7 +32,7 @@ def _intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of broadcastable boxes ``(…, 4)``; 0 where both boxes are empty (torchvision: NaN)."""
     intersection, union = _intersection_union(a, b)
-    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+    return intersection / union.clamp(min=_SMALLEST)
 
 
 def generalized_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:

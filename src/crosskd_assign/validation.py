@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,18 +57,23 @@ def _check_target(target: Target, i: int, device: torch.device) -> None:
         got = f"keys {sorted(target)}" if isinstance(target, Mapping) else type(target).__name__
         fix = "give each image both; an image without objects has boxes of shape (0, 4)"
         raise TargetError(problem('a dict with "boxes" and "labels"', got, f"targets[{i}]", fix))
-    boxes, labels = target["boxes"], target["labels"]
-    if boxes.dim() != 2 or boxes.shape[-1] != 4 or not boxes.is_floating_point():
-        got = f"{tuple(boxes.shape)} {boxes.dtype}"
+    boxes: Any = target["boxes"]
+    labels: Any = target["labels"]
+    if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[-1] != 4 or not boxes.is_floating_point():
         fix = "use x1, y1, x2, y2 in pixels; no objects: torch.zeros(0, 4)"
-        raise TargetError(problem("floating-point boxes of shape (G, 4)", got, f'targets[{i}]["boxes"]', fix))
-    if labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
-        got = f"{tuple(labels.shape)} {labels.dtype}"
+        where = f'targets[{i}]["boxes"]'
+        raise TargetError(problem("floating-point boxes of shape (G, 4)", _described(boxes), where, fix))
+    if not isinstance(labels, Tensor) or labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
         expected = f"int64 labels of shape ({len(boxes)},), one a box"
-        raise TargetError(problem(expected, got, f'targets[{i}]["labels"]', "use labels.long(), one a box"))
+        where = f'targets[{i}]["labels"]'
+        raise TargetError(problem(expected, _described(labels), where, "use labels.long(), one a box"))
     if boxes.device != device or labels.device != device:
         got = f"boxes on {boxes.device} and labels on {labels.device}"
         raise TargetError(problem(f"the device of the image, {device}", got, f"targets[{i}]", "move the targets there"))
+
+
+def _described(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_target_values(

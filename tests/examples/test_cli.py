@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +99,8 @@ def test_evaluation_leaves_random_state_and_training_mode_alone(student, scenes_
 
 def test_predictions_are_the_detectors_and_every_image_gets_a_picture(student, scenes_folder, tmp_path, capsys):
     folder = scenes_folder / "val"
-    assert (
-        call(predict, "--run", student, "--output", tmp_path / "out", "--score-threshold", 0, "--batch-size", 3, folder)
-        == 0
-    )
+    output = tmp_path / "out"
+    assert call(predict, "--run", student, "--output", output, "--score-threshold", 0, "--batch-size", 3, folder) == 0
     paths = sorted(folder.iterdir())
     rows = read(tmp_path / "out" / "detections.json")
     assert [row["image"] for row in rows] == [str(path) for path in paths]
@@ -147,7 +142,7 @@ def test_weak_detections_are_left_out(student, scenes_folder, tmp_path):
         assert call(predict, "--run", student, "--output", tmp_path, "--score-threshold", threshold, image) == 0
         rows += read(tmp_path / "detections.json")
     assert len(rows[0]["scores"]) == 100
-    assert len(rows[1]["scores"]) >= 41
+    assert 41 <= len(rows[1]["scores"]) < 100
     for name in ("boxes", "scores", "names"):
         assert rows[1][name] == rows[0][name][: len(rows[1]["scores"])]
 
@@ -212,6 +207,14 @@ def test_training_on_broken_images_ends_with_a_sentence(workshop, scenes_folder,
     damage_images(tmp_path / "data" / "train")
     assert workshop.train(tmp_path / "run", arm="one-to-one", data_path=tmp_path / "data") == 2
     assert "Expected a readable image" in sentence(capsys.readouterr().err)
+
+
+def test_a_head_that_cannot_imitate_the_teachers_ends_with_a_sentence(workshop, teacher, tmp_path, capsys):
+    options = {"arm": "own-head-imitation", "architecture": "retinanet", "teacher": teacher}
+    assert workshop.train(tmp_path / "run", **options) == 2
+    assert "a student with the points and classes of its teacher, but got (765, 7) and (85, 7)" in sentence(
+        capsys.readouterr().err
+    )
 
 
 def test_predictions_of_nothing_end_with_a_sentence(student, tmp_path, capsys):
@@ -328,39 +331,3 @@ def test_bfloat16_trains(workshop, teacher, tmp_path):
         torch.float32,
         torch.int64,
     }
-
-
-# --- several processes ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_two_processes_train_write_once_stop_together_and_resume(workshop, script, teacher, tmp_path):
-    def start(folder: Path, *more: str) -> Any:
-        options = {"arm": "cross-head", "teacher": teacher, "epochs": 2, "batch_size": 2, "save_every": 5, "ema": 0.9}
-        module = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        return script("train.py", *workshop.arguments(folder, **options), *more, module=module)
-
-    whole = start(tmp_path / "whole")
-    _, errors = whole.communicate()
-    assert whole.returncode == 0, errors
-    lines = [line for line in read_metrics(tmp_path / "whole") if line["kind"] == "train"]
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    assert errors.count("without NMS") == 1
-    assert read(tmp_path / "whole" / "summary.json")["budget"]["images"] == 2 * 24
-
-    stopped = start(tmp_path / "run")
-    while len(read_metrics(tmp_path / "run")) < 4:
-        assert stopped.poll() is None, stopped.communicate()
-        time.sleep(0.01)
-    os.kill(stopped.pid, signal.SIGTERM)
-    _, errors = stopped.communicate()
-    assert errors.count("go on with: train.py") == 2
-    assert len(load_checkpoint(tmp_path / "run")["random"]) == 2
-    resumed = start(tmp_path / "run", "--resume")
-    _, errors = resumed.communicate()
-    assert resumed.returncode == 0, errors
-    again = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
-    assert [line["losses"] for line in again] == [line["losses"] for line in lines]
-    mine, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
-    assert all(torch.equal(mine[name], value) for name, value in expected.items())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import ModelError, build_detector, load_weights, read_state_dict, torchvision_detector
+from runs import ModelSpec, load_model, save_model
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
@@ -206,3 +207,15 @@ def test_a_teacher_that_torchvision_does_not_have_or_cannot_fetch_is_refused(mon
     for name, reason in {"fcos_resnet5": "Unknown model", "fcos_resnet50_fpn": "no network"}.items():
         with pytest.raises(ModelError, match=f"Expected a detector of torchvision .*{name}.*{reason}"):
             torchvision_detector(name, size=64)
+
+
+def test_a_finished_detector_with_frozen_batch_statistics_comes_back_as_it_was(resnet_weights, tmp_path):
+    path, _ = resnet_weights
+    spec = ModelSpec("fcos", "resnet18", 64, 32, 1, one_to_many=True, categories=((1, "a"),))
+    trained = build("fcos", "resnet18", 2, size=64, backbone_weights=str(path), channels=32, head_convs=1).eval()
+    save_model(tmp_path, trained, spec)
+    loaded, loaded_spec = load_model(tmp_path)
+    assert loaded_spec == spec
+    pixels = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(dict(trained.backbone(pixels)), dict(loaded.backbone(pixels)))

@@ -106,7 +106,8 @@ class DetectorAdapter(nn.Module, ABC):
 
     def normalize(self, batch: Batch) -> Tensor:
         """``(images − mean) / std`` with the padding at zero, as networks that normalise before padding see it."""
-        x = (batch.images - self.image_mean) / self.image_std
+        images = batch.images
+        x = (images - self.image_mean.to(images)) / self.image_std.to(images)
         height, width = x.shape[-2:]
         for i, (h, w) in enumerate(batch.sizes):
             if h < height:
@@ -131,28 +132,47 @@ class DetectorAdapter(nn.Module, ABC):
         """Parameters that one-to-one training leaves without a gradient, such as a centerness branch."""
         return ()
 
-    @torch.no_grad()
     def pyramid(self) -> list[PyramidLevel]:
         """Channels and strides of the feature levels, measured on one blank image without touching any state.
 
         Raises:
             DetectorError: `features` does not return a list of 4-dimensional maps.
         """
+        features, _ = self._probe(with_head=False)
+        return [PyramidLevel(x.shape[1], PROBE_SIZE / x.shape[-1]) for x in features]
+
+    def edits_features(self) -> bool:
+        """Whether `head` begins with an in-place operation, which would edit maps that others still need."""
+        _, edited = self._probe(with_head=True)
+        return edited
+
+    @torch.no_grad()
+    def _probe(self, *, with_head: bool) -> tuple[list[Tensor], bool]:
+        """The features of one blank image, and whether the head edits them."""
         parameter = next(self.model.parameters(), None)
         device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
         image = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype)
         size = ((PROBE_SIZE, PROBE_SIZE),)
+        batch = Batch(image, size, size)
         modes = {module: module.training for module in self.modules()}
         self.eval()  # batch-norm statistics must not see the blank image
         try:
-            features = self.features(Batch(image, size, size))
+            features = self.features(batch)
+            self._check_features(features)
+            versions = [x._version for x in features]
+            if with_head:
+                self.head(list(features), batch)
         finally:
             for module, mode in modes.items():
                 module.training = mode
+        return features, any(x._version != version for x, version in zip(features, versions, strict=True))
+
+    def _check_features(self, features: list[Tensor]) -> None:
+        fix = "return the pyramid as a list of maps"
+        where = f"{type(self).__name__}.features()"
+        if not isinstance(features, (list, tuple)) or not features:
+            raise DetectorError(problem("a list of maps", type(features).__name__, where, fix))
         for i, x in enumerate(features):
             if not isinstance(x, Tensor) or x.dim() != 4:
                 got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-                fix = "return the pyramid as a list of maps"
-                where = f"{type(self).__name__}.features()[{i}]"
-                raise DetectorError(problem("a map of shape (N, *, H, W)", got, where, fix))
-        return [PyramidLevel(x.shape[1], PROBE_SIZE / x.shape[-1]) for x in features]
+                raise DetectorError(problem("a map of shape (N, *, H, W)", got, f"{where}[{i}]", fix))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ class _TorchvisionAdapter(DetectorAdapter):
         )
         self.model: FCOS | RetinaNet
         self._anchors: dict[tuple[tuple[GridLevel, ...], torch.device], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_anchors": {}}  # megabytes that anyone can make again
 
     def preprocess(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
