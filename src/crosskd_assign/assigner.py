@@ -21,6 +21,8 @@ __all__ = ["TaskAwareOneToOneAssigner"]
 
 Solver = Literal["exact", "greedy"]
 
+_BOXES_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class TaskAwareOneToOneAssigner:
@@ -93,30 +95,22 @@ class TaskAwareOneToOneAssigner:
 
         image = np.repeat(np.arange(len(counts)), counts)  # (B,), known without asking the device
         target = np.concatenate([np.arange(count) for count in counts])  # (B,)
-        point, logits, predicted, boxes, labels = self._candidates(
-            predictions,
-            torch.cat([target["boxes"] for target in targets]).float(),
-            torch.cat([target["labels"] for target in targets]),
-            torch.from_numpy(image).to(device),
-        )
-        host_boxes, host_labels = boxes.numpy(), labels.numpy()
+        boxes = torch.cat([target["boxes"] for target in targets]).float()
+        labels = torch.cat([target["labels"] for target in targets])
+        parts = [
+            self._rate(predictions, boxes[part], labels[part], torch.from_numpy(image[part]).to(device))
+            for part in _parts(len(boxes), device, predictions)
+        ]
+        point, metric, host_boxes, host_labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         check_target_values(host_boxes, host_labels, image, target, predictions.logits.shape[-1])
 
-        # On the host from here on: matching is a little work on little data that decides what to do next, and the same
-        # arithmetic gives the same assignment wherever the predictions were made.
-        # float64, then rounded: vectorised float32 powers differ in the last bit with their place in memory, which
-        # would break ties at random.
-        metric = task_aware_metric(
-            logits.double(), predicted.double(), boxes[:, None].double(), alpha=self.alpha, beta=self.beta
-        ).float()
-        finite = (logits.isfinite() & predicted.isfinite().all(dim=-1)).numpy()
-        valid = point.numpy() >= 0
-        usable = np.where(valid & finite, metric.numpy(), -1.0)  # (B, K)
         # A fixed order of the boxes makes the outcome independent of the order they came in.
         rank = np.argsort(np.lexsort((host_labels, *host_boxes.T[::-1], image)))
-        chosen, value, fallback = self._match(usable, point.numpy(), host_boxes, image, rank, predictions)
+        chosen, value, fallback = self._match(
+            np.nan_to_num(metric, nan=-1.0), point, host_boxes, image, rank, predictions
+        )
         matched = chosen >= 0
-        pairs = np.stack([image, chosen % len(predictions.points), target, fallback, value])[:, matched]
+        pairs = np.stack([image, chosen, target, fallback, value])[:, matched]
         packed = torch.from_numpy(pairs).to(device)
         image_index, point_index, target_index, is_fallback = packed[:4].long()
         return Assignment(
@@ -126,17 +120,17 @@ class TaskAwareOneToOneAssigner:
             packed[4].float(),
             is_fallback.bool(),
             unmatched=int((~matched).sum()),
-            non_finite=int((valid & ~finite).sum()),
+            non_finite=int(np.isnan(metric).sum()),
         )
 
-    def _candidates(
+    def _rate(
         self, predictions: DensePredictions, boxes: Tensor, labels: Tensor, image: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Ints, Floats, Floats, Ints]:
         """What the matching needs, on the host.
 
         Returns:
-            ``point (B, K)``, −1 outside the prior; its ``logits (B, K)`` and ``predicted (B, K, 4)`` boxes; ``boxes
-            (B, 4)``; ``labels (B,)``.
+            ``point (B, K)``, −1 outside the prior; its ``metric (B, K)``, −1 outside the prior and NaN where the
+            prediction is not finite; ``boxes (B, 4)``; ``labels (B,)``.
         """
         if predictions.levels is not None:
             point, valid = grid_candidates(boxes, predictions.levels, self.center_radius)
@@ -146,38 +140,61 @@ class TaskAwareOneToOneAssigner:
         channel = labels.clamp(0, predictions.logits.shape[-1] - 1)
         logits = predictions.logits[image[:, None], point, channel[:, None]].float()
         predicted = predictions.boxes[image[:, None], point].float()
-        return _to_host(torch.where(valid, point, -1), logits, predicted, boxes, labels)
+        point = torch.where(valid, point, -1)
+
+        # From here on the host, after the only transfer: matching is a little work on little data that decides what to
+        # do next, and the same arithmetic gives the same assignment wherever the predictions were made. In float64, then
+        # rounded: vectorised float32 powers differ in the last bit with their place in memory and would break ties.
+        point, logits, predicted, boxes, labels = _to_host(point, logits, predicted, boxes, labels)
+        metric = task_aware_metric(
+            logits.double(), predicted.double(), boxes[:, None].double(), alpha=self.alpha, beta=self.beta
+        ).float()
+        finite = logits.isfinite() & predicted.isfinite().all(dim=-1)
+        metric = metric.masked_fill(~finite, torch.nan).masked_fill(point < 0, -1.0)
+        return point.numpy(), metric.numpy(), boxes.numpy(), labels.numpy()
 
     def _match(
         self, metric: Floats, point: Ints, boxes: Floats, image: Ints, rank: Ints, predictions: DensePredictions
     ) -> tuple[Ints, Floats, Ints]:
-        """Column (image · A + point, −1 if none), metric and fallback flag of each of B boxes."""
+        """Point (−1 if none), metric and fallback flag of each of B boxes."""
         num_points = len(predictions.points)
         column = point + image[:, None] * num_points
         choice = (match_exact if self.solver == "exact" else match_greedy)(metric, column, rank)
         rows = np.arange(len(boxes))
-        chosen = np.where(choice >= 0, column[rows, choice], -1)
+        chosen = np.where(choice >= 0, point[rows, choice], -1)
         value = np.where(choice >= 0, metric[rows, choice], 0.0)
         fallback = np.zeros(len(boxes), dtype=np.int64)
         left_over = np.flatnonzero(choice < 0)
-        if len(left_over) == 0:
-            return chosen, value, fallback
-
-        points = predictions.points.double().cpu().numpy()  # only now: left-over boxes are rare
-        taken = set(chosen[chosen >= 0].tolist())
-        for b in left_over[np.argsort(rank[left_over])]:
-            # Points inside the prior that predict no overlap yet are still better than points outside it.
-            free = [c for c in column[b, metric[b] == 0].tolist() if c not in taken]
-            if free:
-                chosen[b] = free[0]
-            else:
-                first = image[b] * num_points
-                own = np.array([c - first for c in taken if 0 <= c - first < num_points], dtype=np.int64)
-                nearest = nearest_free_point(points, (boxes[b, :2] + boxes[b, 2:]) / 2, own)
-                chosen[b], fallback[b] = (first + nearest, 1) if nearest >= 0 else (-1, 0)
-            if chosen[b] >= 0:
-                taken.add(int(chosen[b]))
+        if len(left_over) > 0:
+            positions = _host_points(predictions)
+            for n in np.unique(image[left_over]):
+                mine = left_over[image[left_over] == n]
+                taken = set(chosen[(image == n) & (choice >= 0)].tolist())
+                for b in mine[np.argsort(rank[mine])]:
+                    # Points inside the prior that predict no overlap yet are still better than points outside it.
+                    free = [p for p in point[b, metric[b] == 0].tolist() if p not in taken]
+                    if free:
+                        chosen[b] = free[0]
+                    else:
+                        center = (boxes[b, :2] + boxes[b, 2:]) / 2
+                        chosen[b] = nearest_free_point(positions, center, np.fromiter(taken, dtype=np.int64))
+                        fallback[b] = chosen[b] >= 0
+                    taken.add(int(chosen[b]))
         return chosen, value, fallback
+
+
+def _parts(boxes: int, device: torch.device, predictions: DensePredictions) -> list[slice]:
+    """Boxes rated at once: on a CPU few enough for its cache, on an accelerator all, for a single transfer."""
+    whole = device.type != "cpu" or predictions.levels is None  # arbitrary points bound their memory themselves
+    size = boxes if whole else _BOXES_AT_ONCE
+    return [slice(start, start + size) for start in range(0, boxes, size)]
+
+
+def _host_points(predictions: DensePredictions) -> Floats:
+    """The points ``(A, 2)`` on the host; of grids they are made there, which spares a transfer."""
+    levels = predictions.levels
+    points = predictions.points.cpu() if levels is None else torch.cat([level.points() for level in levels])
+    return points.double().numpy()
 
 
 def _to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
