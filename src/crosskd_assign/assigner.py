@@ -143,8 +143,8 @@ class TaskAwareOneToOneAssigner:
         point = torch.where(valid, point, -1)
 
         # From here on the host, after the only transfer: matching is a little work on little data that decides what to
-        # do next, and the same arithmetic gives the same assignment wherever the predictions were made. In float64, then
-        # rounded: vectorised float32 powers differ in the last bit with their place in memory and would break ties.
+        # do next, and the same arithmetic gives the same assignment wherever the predictions were made. In float64,
+        # then rounded: vectorised float32 powers differ in the last bit with their place in memory and would break ties.
         point, logits, predicted, boxes, labels = _to_host(point, logits, predicted, boxes, labels)
         metric = task_aware_metric(
             logits.double(), predicted.double(), boxes[:, None].double(), alpha=self.alpha, beta=self.beta
