@@ -21,7 +21,7 @@ __all__ = ["TaskAwareOneToOneAssigner"]
 
 Solver = Literal["exact", "greedy"]
 
-_BOXES_AT_ONCE = 256
+_BOXES_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,11 @@ class TaskAwareOneToOneAssigner:
         point = torch.where(valid, point, -1)
 
         # From here on the host, after the only transfer: matching is a little work on little data that decides what to
-        # do next, and the same arithmetic gives the same assignment wherever the predictions were made. In float64,
-        # then rounded: vectorised float32 powers differ in the last bit with their place in memory and would break ties.
+        # do next, and the same arithmetic gives the same assignment wherever the predictions were made. Powers are
+        # taken in float64, then rounded: vectorised float32 powers differ in the last bit with their place in memory,
+        # which would break ties at random.
         point, logits, predicted, boxes, labels = _to_host(point, logits, predicted, boxes, labels)
-        metric = task_aware_metric(
-            logits.double(), predicted.double(), boxes[:, None].double(), alpha=self.alpha, beta=self.beta
-        ).float()
+        metric = task_aware_metric(logits.double(), predicted, boxes[:, None], alpha=self.alpha, beta=self.beta).float()
         finite = logits.isfinite() & predicted.isfinite().all(dim=-1)
         metric = metric.masked_fill(~finite, torch.nan).masked_fill(point < 0, -1.0)
         return point.numpy(), metric.numpy(), boxes.numpy(), labels.numpy()

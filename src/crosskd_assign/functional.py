@@ -38,7 +38,7 @@ def task_aware_metric(logits: Tensor, boxes: Tensor, targets: Tensor, *, alpha: 
     CVPR 2021, eq. 4), (1, 6) TOOD's (Feng et al., ICCV 2021, eq. 2).
 
     Args:
-        logits: ``(…,)`` logit z of the object's class at each point.
+        logits: ``(…,)`` logit z of the object's class at each point; its dtype is that of the powers.
         boxes: ``(…, 4)`` predicted boxes b.
         targets: ``(…, 4)`` the object's box g.
         alpha: Exponent of the class score.
@@ -47,7 +47,7 @@ def task_aware_metric(logits: Tensor, boxes: Tensor, targets: Tensor, *, alpha: 
     Returns:
         ``(…,)``; in half precision most values would underflow to 0, so callers pass float32.
     """
-    return (alpha * F.logsigmoid(logits)).exp() * iou(boxes, targets) ** beta
+    return (alpha * F.logsigmoid(logits)).exp() * iou(boxes, targets).to(logits.dtype) ** beta
 
 
 def one_to_one_classification_loss(

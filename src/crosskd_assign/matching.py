@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -48,40 +48,55 @@ def grid_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float) -
     Returns:
         ``point (B, K)`` int64, ascending in each row where valid, and ``valid (B, K)`` bool; elsewhere the point is 0.
     """
+    starts = [0, *accumulate(len(level) for level in levels)]
+    kind = [(_window(level, radius), level.anchors) for level in levels]
+    points, valids = [], []
+    # Levels of one kind are done together, which usually means all.
+    for (window, _), run in groupby(range(len(levels)), key=kind.__getitem__):
+        members = list(run)
+        point, valid = _alike_candidates(boxes, [levels[i] for i in members], radius, window)
+        start = torch.tensor([starts[i] for i in members], device=boxes.device).view(-1, 1)
+        points.append(((point + start) * valid).flatten(1))
+        valids.append(valid.flatten(1))
+    return torch.cat(points, dim=1), torch.cat(valids, dim=1)
+
+
+def _slack(level: GridLevel) -> float:
+    """In steps: points are float32, and where their steps are not, one may lie a rounding off the ideal grid."""
+    return 0.0 if all(float(64 * x).is_integer() for x in (*level.step, *level.origin)) else 1e-3
+
+
+def _window(level: GridLevel, radius: float) -> int:
+    """Grid points that the prior can hold along an axis; an open interval of length 2 · reach never holds more."""
+    return max(1, math.ceil(2 * (radius * level.stride / min(level.step) + _slack(level))))
+
+
+def _alike_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float, window: int) -> tuple[Tensor, Tensor]:
+    """`grid_candidates` of L levels with one ``window`` k and number of anchors: ``(B, L, k · k · anchors)`` twice."""
+
+    def constants(values: list[tuple[float, float]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=boxes.device)  # (L, 2)
+
     # float64 is exact for float32 boxes: the borders of the prior are open.
     corners = boxes.double().view(len(boxes), 1, 2, 2)  # (B, 1, low or high, x or y)
     low, high = corners[:, :, 0], corners[:, :, 1]  # (B, 1, 2)
     middle = (low + high) / 2
-    step, origin, size = (
-        torch.tensor(values, dtype=torch.float64, device=boxes.device)  # (L, 2)
-        for values in (
-            [level.step for level in levels],
-            [level.origin for level in levels],
-            [(level.width, level.height) for level in levels],
-        )
-    )
-    reach = torch.tensor([[radius * level.stride] for level in levels], dtype=torch.float64, device=boxes.device)
-    # Points are float32. Where their steps are not, a point may lie a rounding off its place on the ideal grid.
-    slack = 0.0 if all(float(64 * x).is_integer() for level in levels for x in (*level.step, *level.origin)) else 1e-3
-    # An open interval of length 2 · reach never holds more grid points than this.
-    count = max(1, *(math.ceil(2 * (radius * level.stride / min(level.step) + slack)) for level in levels))
+    step, origin = constants([level.step for level in levels]), constants([level.origin for level in levels])
+    size = constants([(level.width, level.height) for level in levels])
+    reach = constants([(radius * level.stride, radius * level.stride) for level in levels])
+    slack = constants([(_slack(level), _slack(level)) for level in levels])
     first = torch.floor((middle - reach - origin) / step - slack) + 1  # (B, L, 2)
-    index = first[..., None] + torch.arange(count, device=boxes.device)  # (B, L, 2, k)
+    index = first[..., None] + torch.arange(window, device=boxes.device)  # (B, L, 2, k)
     position = (index.float() * step.float()[..., None] + origin.float()[..., None]).double()  # as GridLevel.points
     inside = (position - middle[..., None]).abs() < reach[..., None]
     inside &= (position > low[..., None]) & (position < high[..., None]) & (index >= 0) & (index < size[..., None])
-    index = torch.where(inside, index, 0.0)
+    index = torch.where(inside, index, 0.0).long()
 
-    width = size[:, :1, None]  # (L, 1, 1)
-    cell = index[:, :, 1, :, None] * width + index[:, :, 0, None, :]  # (B, L, k, k)
+    cell = index[:, :, 1, :, None] * size[:, :1, None].long() + index[:, :, 0, None, :]  # (B, L, k, k)
     valid = inside[:, :, 1, :, None] & inside[:, :, 0, None, :]
-    anchors = torch.tensor([level.anchors for level in levels], device=boxes.device).view(-1, 1, 1, 1)
-    anchor = torch.arange(max(level.anchors for level in levels), device=boxes.device)
-    starts = [0, *accumulate(len(level) for level in levels)][:-1]
-    start = torch.tensor(starts, device=boxes.device).view(-1, 1, 1, 1)
-    valid = valid[..., None] & (anchor < anchors)  # (B, L, k, k, anchors)
-    point = (cell.long()[..., None] * anchors + (start + anchor)) * valid
-    return point.flatten(1), valid.flatten(1)
+    anchor = torch.arange(levels[0].anchors, device=boxes.device)
+    point = cell[..., None] * len(anchor) + anchor  # (B, L, k, k, anchors)
+    return point.flatten(2), valid[..., None].expand_as(point).flatten(2)
 
 
 def point_candidates(
