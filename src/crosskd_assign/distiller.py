@@ -79,12 +79,11 @@ class CrossHeadDistiller(nn.Module):
             check_option("gamma", gamma, low=1)  # between 0 and 1 the gradient is infinite where both heads agree
         self.detector = student if isinstance(student, EndToEndDetector) else EndToEndDetector(student)
         self._student_edits = self.detector.adapter.edits_features()
-        self._crossing = _crossing(self.detector.adapter.pyramid(), adapt(teacher).pyramid())
+        self._crossing: list[_Crossing] = []
         self._teacher: tuple[DetectorAdapter] | None = None
         self.attach_teacher(teacher)
-        pairs = self._crossing
         self.aligner = FeatureAligner(
-            [c.student_channels for c in pairs], [c.teacher_channels for c in pairs], alignment
+            [c.student_channels for c in self._crossing], [c.teacher_channels for c in self._crossing], alignment
         )
         parameter = next(self.detector.parameters(), None)
         if parameter is not None:
@@ -120,7 +119,7 @@ class CrossHeadDistiller(nn.Module):
         """
         adapter = adapt(teacher)
         crossing = _crossing(self.detector.adapter.pyramid(), adapter.pyramid())
-        if crossing != self._crossing:
+        if self._crossing not in ([], crossing):
             fix = "attach the teacher it was built with, or build a new CrossHeadDistiller"
             raise IncompatibleDetectorsError(problem(f"levels {self._crossing}", f"{crossing}", "teacher", fix))
         own = {id(parameter) for parameter in self.detector.parameters()}
@@ -129,6 +128,7 @@ class CrossHeadDistiller(nn.Module):
             fix = "build teacher and student separately, e.g. with copy.deepcopy"
             got = f"{len(shared)} shared parameters, the first {shared[0]}"
             raise IncompatibleDetectorsError(problem("a teacher of its own", got, "teacher", fix))
+        self._crossing = crossing
         self._teacher_edits = adapter.edits_features()
         # In a tuple, nn.Module does not register it.
         self._teacher = (adapter.eval().requires_grad_(False),)
