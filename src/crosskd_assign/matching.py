@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -48,17 +50,74 @@ def grid_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float) -
     Returns:
         ``point (B, K)`` int64, ascending in each row where valid, and ``valid (B, K)`` bool; elsewhere the point is 0.
     """
-    starts = [0, *accumulate(len(level) for level in levels)]
-    kind = [(_window(level, radius), level.anchors) for level in levels]
+    # float64 is exact for float32 boxes: the borders of the prior are open.
+    corners = boxes.double().view(len(boxes), 1, 2, 2)  # (B, 1, low or high, x or y)
+    low, high = corners[:, :, 0], corners[:, :, 1]  # (B, 1, 2)
     points, valids = [], []
-    # Levels of one kind are done together, which usually means all.
-    for (window, _), run in groupby(range(len(levels)), key=kind.__getitem__):
-        members = list(run)
-        point, valid = _alike_candidates(boxes, [levels[i] for i in members], radius, window)
-        start = torch.tensor([starts[i] for i in members], device=boxes.device).view(-1, 1)
-        points.append(((point + start) * valid).flatten(1))
+    for grid in _grids(tuple(levels), radius, boxes.device):
+        middle = (low + high) / 2
+        first = torch.floor((middle - grid.margin) / grid.step) + 1  # (B, L, 2)
+        index = first[..., None] + grid.window  # (B, L, 2, k)
+        position = (index.float() * grid.step32 + grid.origin32).double()  # as GridLevel.points
+        inside = (position - middle[..., None]).abs() < grid.reach
+        inside &= (position > low[..., None]) & (position < high[..., None]) & (index >= 0) & (index < grid.size)
+        index = torch.where(inside, index, 0.0).long()
+        cell = index[:, :, 1, :, None] * grid.width + index[:, :, 0, None, :]  # (B, L, k, k)
+        valid = (inside[:, :, 1, :, None] & inside[:, :, 0, None, :])[..., None].expand(*cell.shape, grid.anchors)
+        point = cell[..., None] * grid.anchors + grid.start  # (B, L, k, k, anchors)
+        points.append((point * valid).flatten(1))
         valids.append(valid.flatten(1))
     return torch.cat(points, dim=1), torch.cat(valids, dim=1)
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """Constants of L levels that are searched together: as many points of each can lie in a prior."""
+
+    step: Tensor  # (L, 2)
+    step32: Tensor  # (L, 2, 1)
+    origin32: Tensor  # (L, 2, 1)
+    margin: Tensor  # (L, 2), from the box centre back to the first point that may count
+    reach: Tensor  # (L, 1, 1)
+    size: Tensor  # (L, 2, 1)
+    width: Tensor  # (L, 1, 1)
+    start: Tensor  # (L, 1, 1, anchors), index of the first point of each level
+    window: Tensor  # (k,)
+    anchors: int
+
+
+@lru_cache(maxsize=256)
+def _grids(levels: tuple[GridLevel, ...], radius: float, device: torch.device) -> list[_Grids]:
+    """The levels in runs of equal window and anchors; usually one run."""
+    starts = [0, *accumulate(len(level) for level in levels)]
+    kind = [(_window(level, radius), level.anchors) for level in levels]
+    runs = []
+    for (window, anchors), run in groupby(range(len(levels)), key=kind.__getitem__):
+        members = list(run)
+        mine = [levels[i] for i in members]
+
+        def constant(values: Sequence[Sequence[float]]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=device)
+
+        step, origin = constant([level.step for level in mine]), constant([level.origin for level in mine])
+        size = constant([(level.width, level.height) for level in mine])
+        reach = constant([[radius * level.stride] for level in mine])
+        first = torch.tensor([starts[i] for i in members], device=device).view(-1, 1, 1, 1)
+        runs.append(
+            _Grids(
+                step=step,
+                step32=step.float()[..., None],
+                origin32=origin.float()[..., None],
+                margin=reach + origin + constant([[_slack(level)] for level in mine]) * step,
+                reach=reach[..., None],
+                size=size[..., None],
+                width=size[:, :1, None].long(),
+                start=first + torch.arange(anchors, device=device),
+                window=torch.arange(window, device=device),
+                anchors=anchors,
+            )
+        )
+    return runs
 
 
 def _slack(level: GridLevel) -> float:
@@ -69,34 +128,6 @@ def _slack(level: GridLevel) -> float:
 def _window(level: GridLevel, radius: float) -> int:
     """Grid points that the prior can hold along an axis; an open interval of length 2 · reach never holds more."""
     return max(1, math.ceil(2 * (radius * level.stride / min(level.step) + _slack(level))))
-
-
-def _alike_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float, window: int) -> tuple[Tensor, Tensor]:
-    """`grid_candidates` of L levels with one ``window`` k and number of anchors: ``(B, L, k · k · anchors)`` twice."""
-
-    def constants(values: list[tuple[float, float]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=boxes.device)  # (L, 2)
-
-    # float64 is exact for float32 boxes: the borders of the prior are open.
-    corners = boxes.double().view(len(boxes), 1, 2, 2)  # (B, 1, low or high, x or y)
-    low, high = corners[:, :, 0], corners[:, :, 1]  # (B, 1, 2)
-    middle = (low + high) / 2
-    step, origin = constants([level.step for level in levels]), constants([level.origin for level in levels])
-    size = constants([(level.width, level.height) for level in levels])
-    reach = constants([(radius * level.stride, radius * level.stride) for level in levels])
-    slack = constants([(_slack(level), _slack(level)) for level in levels])
-    first = torch.floor((middle - reach - origin) / step - slack) + 1  # (B, L, 2)
-    index = first[..., None] + torch.arange(window, device=boxes.device)  # (B, L, 2, k)
-    position = (index.float() * step.float()[..., None] + origin.float()[..., None]).double()  # as GridLevel.points
-    inside = (position - middle[..., None]).abs() < reach[..., None]
-    inside &= (position > low[..., None]) & (position < high[..., None]) & (index >= 0) & (index < size[..., None])
-    index = torch.where(inside, index, 0.0).long()
-
-    cell = index[:, :, 1, :, None] * size[:, :1, None].long() + index[:, :, 0, None, :]  # (B, L, k, k)
-    valid = inside[:, :, 1, :, None] & inside[:, :, 0, None, :]
-    anchor = torch.arange(levels[0].anchors, device=boxes.device)
-    point = cell[..., None] * len(anchor) + anchor  # (B, L, k, k, anchors)
-    return point.flatten(2), valid[..., None].expand_as(point).flatten(2)
 
 
 def point_candidates(
