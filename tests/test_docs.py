@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from crosskd_assign import CrossHeadDistiller
+from tests.small_models import scene, small_fcos
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -29,6 +32,20 @@ def test_python_blocks_run_by_themselves(code, tmp_path, monkeypatch):
 
 def test_the_readme_shows_python_that_is_run():
     assert len(blocks(ROOT / "README.md", "python")) >= 2
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_the_shown_change_to_a_training_loop_runs_on_both_sides(side):
+    (diff,) = blocks(ROOT / "README.md", "diff")
+    drop = {"before": "+", "after": "-"}[side]
+    code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith(drop))
+    model, teacher = small_fcos(1), small_fcos(2)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    images, targets = scene(((64, 64), (64, 64)))
+    names = {"torch": torch, "CrossHeadDistiller": CrossHeadDistiller, "model": model, "teacher": teacher}
+    exec(code, {**names, "device": torch.device("cpu"), "loader": [(images, targets)] * 2})  # noqa: S102
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert sum(changed) > len(changed) / 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from evaluate import table
 from options import Options
+from processes import Interrupted
 from runs import write_json
 from train import run
-from training import Interrupted, NonFiniteLossError
+from training import DeadLossError, NonFiniteLossError
 
 __all__ = ["main"]
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     log_every=50,
                 )
             )
-    except (ValueError, NonFiniteLossError) as error:
+    except (ValueError, NonFiniteLossError, DeadLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:

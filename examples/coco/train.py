@@ -23,6 +23,7 @@ from logbook import Logbook
 from models import build_detector, torchvision_detector
 from options import Options, parse_options
 from pictures import draw_predictions
+from processes import Interrupted, Ranks, processes
 from report import draw_report
 from runs import (
     ModelSpec,
@@ -37,7 +38,7 @@ from runs import (
 )
 from scenes import write_scenes
 from torch import nn
-from training import Interrupted, NonFiniteLossError, Ranks, Training, processes
+from training import DeadLossError, NonFiniteLossError, Training
 
 from crosskd_assign import Target, adapt, inherit
 
@@ -223,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     try:
         scores = run(options)
-    except (ValueError, NonFiniteLossError) as error:  # what the user can mend, in one sentence
+    except (ValueError, NonFiniteLossError, DeadLossError) as error:  # what the user can mend, in one sentence
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:

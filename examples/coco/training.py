@@ -1,16 +1,13 @@
-"""The training loop: steps, checkpoints, signals and processes; it knows nothing of where detectors come from."""
+"""The training loop: steps and checkpoints; it knows nothing of where detectors come from."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from coco_reader import CocoIndex
 from evaluate import leave_signals_alone
 from logbook import Logbook
 from options import Options
+from processes import Interrupted, Ranks, any_rank, caught_signals
 from runs import RunError, save_checkpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,33 +27,18 @@ from torch.utils.data import DataLoader
 
 from crosskd_assign import adapt
 
-__all__ = ["Interrupted", "NonFiniteLossError", "Ranks", "Training", "processes"]
+__all__ = ["DeadLossError", "NonFiniteLossError", "Training"]
+
+
+DEAD_CHECKS = 50
 
 
 class NonFiniteLossError(RuntimeError):
     """A loss is NaN or infinite; nothing was saved after the last good checkpoint."""
 
 
-class Interrupted(RuntimeError):  # noqa: N818  # not an error: the run was saved and can go on
-    """SIGINT or SIGTERM came; the run was saved."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the processes of a run."""
-
-    rank: int
-    count: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes files."""
-        return self.rank == 0
+class DeadLossError(RuntimeError):
+    """A loss term has been exactly 0 for many steps: something is not connected."""
 
 
 class Training:
@@ -75,6 +58,7 @@ class Training:
         self.total_steps = self.steps_per_epoch * options.epochs
         self.step = 0
         self.seconds = 0.0
+        self.dead: Counter[str] = Counter()  # checks in a row at which a term was exactly 0
         self.optimizer = _optimizer(arm, options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=options.precision == "float16")
@@ -123,7 +107,7 @@ class Training:
         options = self.options
         precision = getattr(torch, options.precision)
         self.arm.train()
-        with _signals() as signals:
+        with caught_signals() as signals:
             begun = time.perf_counter() - self.seconds
             batches = self.batches() if self.step < self.total_steps else iter(())
             for images, targets in batches:
@@ -133,7 +117,7 @@ class Training:
                 self.step += 1
                 self.seconds = time.perf_counter() - begun
                 epoch_ends = self.step % self.steps_per_epoch == 0
-                stop = _any_rank(signals.number, self.ranks)
+                stop = any_rank(signals.number, self.ranks)
                 save = epoch_ends or stop or (options.save_every and self.step % options.save_every == 0)
                 self._log(log, losses, targets, check=bool(save))
                 if save:
@@ -181,9 +165,23 @@ class Training:
                 f"Expected finite losses, but got {values} (step {self.step}, images {images}). Fix: lower --lr, clip "
                 f"harder with --max-grad-norm, or train in --precision bfloat16; the last checkpoint is good."
             )
+        self._check_alive(values, targets)
         if wanted:
             rate = self.options.lr * self._rate(self.step - 1)  # the scheduler is at the next step already
             log.step(self.step, values, epoch=self.step / self.steps_per_epoch, lr=rate)
+
+    def _check_alive(self, values: Mapping[str, float], targets: list[dict[str, Tensor]]) -> None:
+        """Refuse a term that stays exactly 0 although there are objects, as one that lost its way under DDP does."""
+        if all(len(target["boxes"]) == 0 for target in targets):
+            return
+        for name, value in values.items():
+            self.dead[name] = self.dead[name] + 1 if value == 0 else 0
+            if self.dead[name] >= DEAD_CHECKS:
+                raise DeadLossError(
+                    f"Expected every loss term to be alive, but got exactly 0 at {DEAD_CHECKS} checks in a row "
+                    f"({name}, step {self.step}). Fix: see that its weight is not 0, and that teacher and student are "
+                    "not the same."
+                )
 
     def averaged_arm(self) -> Arm:
         """The detector to evaluate: the average if there is one."""
@@ -280,53 +278,3 @@ def _ramped_average(decay: float) -> Any:
         one_step(averaged, current, count)
 
     return average
-
-
-@contextmanager
-def processes() -> Iterator[Ranks]:
-    """Joins the processes that torchrun started; a single process otherwise."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if count == 1:
-        yield Ranks(0, 1, device)
-        return
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield Ranks(dist.get_rank(), count, device)
-    finally:
-        dist.destroy_process_group()
-
-
-class _Signals:
-    """The last signal that asked to stop, 0 before."""
-
-    number = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.number = number
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    """While training, SIGINT and SIGTERM wait for the end of the step."""
-    signals = _Signals()
-    before = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _any_rank(number: int, ranks: Ranks) -> int:
-    """The signal that reached any process, so that all stop at the same step."""
-    if ranks.count == 1:
-        return number
-    value = torch.tensor(number, device=ranks.device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return int(value)

@@ -11,8 +11,9 @@ import demo
 import pytest
 import train
 from options import Options
+from processes import Interrupted
 from scenes import write_scenes
-from training import Interrupted, Training
+from training import Training
 
 PICTURES = {
     "teacher": {"batch0.png", "curves.png", "predictions.png"},
