@@ -38,6 +38,7 @@ FLOORS = [
     {"assigner", "alignment"},
     {"detectors"},
     {"end_to_end"},
+    {"inheritance"},
     {"distiller"},
     {"diagnostics", "export"},
     {"__init__"},

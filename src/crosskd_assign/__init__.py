@@ -8,8 +8,9 @@ from . import diagnostics, errors, functional
 from .alignment import FeatureAligner
 from .assigner import TaskAwareOneToOneAssigner
 from .detectors import DetectorAdapter, adapt
-from .distiller import CrossHeadDistiller, Inheritance, inherit
+from .distiller import CrossHeadDistiller
 from .end_to_end import EndToEndDetector
+from .inheritance import Inheritance, inherit
 from .structures import Assignment, Batch, DensePredictions, Detection, GridLevel, Target
 
 __version__ = "0.1.0"

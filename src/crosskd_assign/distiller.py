@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -18,7 +18,7 @@ from .errors import IncompatibleDetectorsError, MissingTeacherError, problem
 from .structures import Batch, DensePredictions, Detection, Target
 from .validation import check_images, check_option, check_predictions, check_targets
 
-__all__ = ["CrossHeadDistiller", "Inheritance", "inherit"]
+__all__ = ["CrossHeadDistiller"]
 
 
 class CrossHeadDistiller(nn.Module):
@@ -309,59 +309,3 @@ def _had(mine: Tensor | None, teacher: Tensor | None, branch: str) -> tuple[Tens
         fix = f"leave {branch}_weight at 0"
         raise IncompatibleDetectorsError(problem(f"a head that predicts {branch}", "none", f"{branch}_weight", fix))
     return mine, teacher
-
-
-@dataclass(frozen=True)
-class Inheritance:
-    """What `inherit` did: names of copied tensors, and of those left alone with the reason."""
-
-    copied: tuple[str, ...]
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """One line for a log."""
-        text = f"inherited {len(self.copied)} tensors"
-        if self.skipped:
-            name, reason = next(iter(self.skipped.items()))
-            text += f", left {len(self.skipped)} (the first: {name}, {reason})"
-        return text
-
-
-@torch.no_grad()
-def inherit(
-    student: nn.Module | DetectorAdapter | EndToEndDetector, teacher: nn.Module | DetectorAdapter
-) -> Inheritance:
-    """Copy what fits of the teacher's backbone and neck into the student: same name, same shape.
-
-    A one-to-one student is starved of positives and gains from a start; its head is not touched, because a one-to-many
-    head would begin with many high scores an object.
-
-    Args:
-        student: torchvision's FCOS or RetinaNet, a `DetectorAdapter` (its ``trunk()`` is what is copied into), or an
-            `EndToEndDetector`.
-        teacher: Likewise.
-
-    Returns:
-        What was copied and what was not.
-
-    Raises:
-        IncompatibleDetectorsError: Nothing fits.
-    """
-    source = adapt(teacher).trunk().state_dict()
-    own = student.adapter if isinstance(student, EndToEndDetector) else adapt(student)
-    target = own.trunk().state_dict()
-    copied: list[str] = []
-    skipped: dict[str, str] = {}
-    for name, value in target.items():
-        if name not in source:
-            skipped[name] = "the teacher has none"
-        elif source[name].shape != value.shape:
-            skipped[name] = f"{tuple(value.shape)} here, {tuple(source[name].shape)} in the teacher"
-        else:
-            value.copy_(source[name])
-            copied.append(name)
-    if not copied:
-        got = f"none of the student's {len(target)} tensors"
-        fix = "build the student with the teacher's backbone family, or leave inheritance out"
-        raise IncompatibleDetectorsError(problem("tensors of equal name and shape", got, "inherit", fix))
-    return Inheritance(tuple(copied), skipped)
