@@ -138,11 +138,7 @@ class TaskAwareOneToOneAssigner:
             point, valid = point_candidates(boxes, predictions.points, predictions.strides, self.center_radius)
         # Labels are checked on the host afterwards; until then an index must not run out of bounds.
         channel = labels.clamp(0, predictions.logits.shape[-1] - 1)
-        if point.device.type == "cpu":
-            row, slot = valid.nonzero(as_tuple=True)  # about half; elsewhere, counting them would be a second transfer
-        else:
-            row, slot = (x.flatten() for x in torch.meshgrid(*map(torch.arange, point.shape), indexing="ij"))
-            row, slot = row.to(point.device), slot.to(point.device)
+        row, slot = _pairs(valid)
         chosen = point[row, slot]
         logits = predictions.logits[image[row], chosen, channel[row]].float()
         predicted = predictions.boxes[image[row], chosen].float()
@@ -206,11 +202,27 @@ def _host_points(predictions: DensePredictions) -> Floats:
     return points.double().numpy()
 
 
+def _pairs(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column ``(P,)`` of the entries of ``valid (B, K)`` to look at."""
+    if valid.device.type == "cpu":
+        row, slot = valid.nonzero(as_tuple=True)  # about half of them
+        return row, slot
+    return _all_pairs(valid)  # to count the valid ones would take a transfer of its own
+
+
+def _all_pairs(valid: Tensor) -> tuple[Tensor, Tensor]:
+    boxes, candidates = valid.shape
+    row = torch.arange(boxes, device=valid.device).repeat_interleave(candidates)
+    return row, torch.arange(candidates, device=valid.device).repeat(boxes)
+
+
 def _to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors on the CPU, of the same shapes and kinds, in a single transfer."""
-    if tensors[0].device.type == "cpu":
-        return tensors
+    return tensors if tensors[0].device.type == "cpu" else _packed(*tensors)
+
+
+def _packed(*tensors: Tensor) -> tuple[Tensor, ...]:
     # float64 holds float32 values and all indices exactly.
-    packed = torch.cat([x.flatten().double() for x in tensors]).cpu()
-    parts = torch.split(packed, [x.numel() for x in tensors])
+    host = torch.cat([x.flatten().double() for x in tensors]).cpu()
+    parts = torch.split(host, [x.numel() for x in tensors])
     return tuple(part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors, strict=True))

@@ -1,0 +1,33 @@
+"""The way through one transfer, which predictions on an accelerator take, gives what the way on a CPU gives."""
+
+import pytest
+import torch
+
+from crosskd_assign import TaskAwareOneToOneAssigner, assigner
+from tests.builders import GRIDS, KINDS, random_predictions, random_targets
+
+FIELDS = ("image", "point", "target", "metric", "fallback")
+
+
+@pytest.mark.parametrize("levels", GRIDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_pairs_packed_into_one_transfer_give_the_same_assignment(monkeypatch, levels, kind):
+    assign = TaskAwareOneToOneAssigner()
+    targets = random_targets((5, 0, 9), kind=kind)
+    predictions = random_predictions(targets, levels)
+    predictions.logits[0, ::7] = torch.nan
+    expected = assign(predictions, targets)
+    transfers = []
+
+    def packed(*tensors):
+        transfers.append(len(tensors))
+        return assigner._packed(*tensors)
+
+    monkeypatch.setattr(assigner, "_pairs", assigner._all_pairs)
+    monkeypatch.setattr(assigner, "_to_host", packed)
+    monkeypatch.setattr(assigner, "_BOXES_AT_ONCE", 10**6)
+    found = assign(predictions, targets)
+    assert len(transfers) == 1
+    assert (found.unmatched, found.non_finite) == (expected.unmatched, expected.non_finite)
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=0, atol=0)
