@@ -85,7 +85,10 @@ def run(options: Options) -> Evaluation | None:
             if training.step == 0 and ranks.first:
                 log.message(f"data: {train_index.report}")
                 _draw_first_batch(folder, training)
-            training.fit(log, lambda arm: _flat(_score(arm, val_index, options)))
+            try:
+                training.fit(log, lambda arm: _flat(_score(arm, val_index, options)))
+            finally:
+                training.release()
             if not ranks.first:
                 return None
             final = training.averaged_arm()

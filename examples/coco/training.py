@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections import Counter
@@ -182,6 +183,12 @@ class Training:
                     f"({name}, step {self.step}). Fix: see that its weight is not 0, and that teacher and student are "
                     "not the same."
                 )
+
+    def release(self) -> None:
+        """Let go of the wrapper that talks to other processes; one that outlives its group can abort at exit."""
+        if self.ranks.count > 1:
+            self.module = self.arm
+            gc.collect()
 
     def averaged_arm(self) -> Arm:
         """The detector to evaluate: the average if there is one."""

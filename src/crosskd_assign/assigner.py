@@ -21,7 +21,7 @@ __all__ = ["TaskAwareOneToOneAssigner"]
 
 Solver = Literal["exact", "greedy"]
 
-_BOXES_AT_ONCE = 192
+_BOXES_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
