@@ -18,14 +18,14 @@ def test_all_pairs_packed_into_one_transfer_give_the_same_assignment(monkeypatch
     predictions.logits[0, ::7] = torch.nan
     expected = assign(predictions, targets)
     transfers = []
+    pack = assigner._packed
 
     def packed(*tensors):
         transfers.append(len(tensors))
-        return assigner._packed(*tensors)
+        return pack(*tensors)
 
-    monkeypatch.setattr(assigner, "_pairs", assigner._all_pairs)
-    monkeypatch.setattr(assigner, "_to_host", packed)
-    monkeypatch.setattr(assigner, "_BOXES_AT_ONCE", 10**6)
+    monkeypatch.setattr(assigner, "_is_host", lambda device: False)
+    monkeypatch.setattr(assigner, "_packed", packed)
     found = assign(predictions, targets)
     assert len(transfers) == 1
     assert (found.unmatched, found.non_finite) == (expected.unmatched, expected.non_finite)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -11,17 +12,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from .candidates import Floats, Ints, grid_candidates, grid_pairs, nearest_free_point, point_pairs
 from .errors import OptionError, problem
 from .functional import task_aware_metric
-from .matching import Floats, Ints, grid_candidates, match_exact, match_greedy, nearest_free_point, point_candidates
+from .matching import match_exact, match_greedy
 from .structures import Assignment, DensePredictions, Target
 from .validation import check_option, check_target_values
 
 __all__ = ["TaskAwareOneToOneAssigner"]
 
 Solver = Literal["exact", "greedy"]
-
-_BOXES_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,15 @@ class TaskAwareOneToOneAssigner:
         target = np.concatenate([np.arange(count) for count in counts])  # (B,)
         boxes = torch.cat([target["boxes"] for target in targets]).float()
         labels = torch.cat([target["labels"] for target in targets])
-        parts = [
-            self._rate(predictions, boxes[part], labels[part], torch.from_numpy(image[part]).to(device))
-            for part in _parts(len(boxes), device, predictions)
-        ]
-        point, metric, host_boxes, host_labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        check_target_values(host_boxes, host_labels, image, target, predictions.logits.shape[-1])
+        check = partial(check_target_values, image=image, target=target, num_classes=predictions.logits.shape[-1])
+        look = _on_host if _is_host(device) else _on_accelerator
+        found = look(predictions, boxes.detach(), labels, image, self.center_radius, check)
+        point, metric = self._rate(found)
 
         # A fixed order of the boxes makes the outcome independent of the order they came in.
-        rank = np.argsort(np.lexsort((host_labels, *host_boxes.T[::-1], image)))
+        rank = np.argsort(np.lexsort((found.labels, *found.boxes.T[::-1], image)))
         chosen, value, fallback = self._match(
-            np.nan_to_num(metric, nan=-1.0), point, host_boxes, image, rank, predictions
+            np.nan_to_num(metric, nan=-1.0), point, found.boxes, image, rank, predictions
         )
         matched = chosen >= 0
         pairs = np.stack([image, chosen, target, fallback, value])[:, matched]
@@ -123,40 +121,33 @@ class TaskAwareOneToOneAssigner:
             non_finite=int(np.isnan(metric).sum()),
         )
 
-    def _rate(
-        self, predictions: DensePredictions, boxes: Tensor, labels: Tensor, image: Tensor
-    ) -> tuple[Ints, Floats, Floats, Ints]:
-        """What the matching needs, on the host.
+    def _rate(self, found: _Found) -> tuple[Ints, Floats]:
+        """The metric of all pairs, on the host.
+
+        It is little work on little data that decides what to do next, and the same arithmetic gives the same assignment
+        wherever the predictions were made. Powers are taken in float64, then rounded: vectorised float32 powers differ
+        in the last bit with their place in memory, which would break ties at random.
 
         Returns:
-            ``point (B, K)``, −1 outside the prior; its ``metric (B, K)``, −1 outside the prior and NaN where the
-            prediction is not finite; ``boxes (B, 4)``; ``labels (B,)``.
+            The pairs as a table of a row for each box: ``point (B, K)``, −1 in free places, and its ``metric (B, K)``,
+            −1 in free places and NaN where the prediction is not finite.
         """
-        if predictions.levels is not None:
-            point, valid = grid_candidates(boxes, predictions.levels, self.center_radius)
-        else:
-            point, valid = point_candidates(boxes, predictions.points, predictions.strides, self.center_radius)
-        # Labels are checked on the host afterwards; until then an index must not run out of bounds.
-        channel = labels.clamp(0, predictions.logits.shape[-1] - 1)
-        row, slot = _pairs(valid)
-        chosen = point[row, slot]
-        logits = predictions.logits[image[row], chosen, channel[row]].float()
-        predicted = predictions.boxes[image[row], chosen].float()
-
-        # From here on the host, after the only transfer: matching is a little work on little data that decides what to
-        # do next, and the same arithmetic gives the same assignment wherever the predictions were made. Powers are
-        # taken in float64, then rounded: vectorised float32 powers differ in the last bit with their place in memory,
-        # which would break ties at random.
-        point = torch.where(valid, point, -1)
-        point, logits, predicted, boxes, labels, row, slot = _to_host(
-            point, logits, predicted, boxes, labels, row, slot
+        value = task_aware_metric(
+            torch.from_numpy(found.logits).double(),
+            torch.from_numpy(found.predicted),
+            torch.from_numpy(found.boxes.take(found.box, axis=0)),
+            alpha=self.alpha,
+            beta=self.beta,
         )
-        value = task_aware_metric(logits.double(), predicted, boxes[row], alpha=self.alpha, beta=self.beta).float()
-        finite = logits.isfinite() & predicted.isfinite().all(dim=-1)
-        metric = torch.full(point.shape, -1.0)
-        metric[row, slot] = value.masked_fill_(~finite, torch.nan)
-        metric.masked_fill_(point < 0, -1.0)
-        return point.numpy(), metric.numpy(), boxes.numpy(), labels.numpy()
+        finite = np.isfinite(found.logits) & np.isfinite(found.predicted).all(axis=1)
+        counts = np.bincount(found.box, minlength=len(found.boxes))
+        shape = (len(counts), max(1, int(counts.max())))
+        begin = np.arange(shape[0]) * shape[1] - (counts.cumsum() - counts)
+        place = np.arange(len(found.box)) + np.repeat(begin, counts)
+        points, metric = np.full(shape, -1), np.full(shape, -1.0, dtype=np.float32)
+        points.ravel()[place] = found.point
+        metric.ravel()[place] = np.where(finite, value.float().numpy(), np.nan)
+        return points, metric
 
     def _match(
         self, metric: Floats, point: Ints, boxes: Floats, image: Ints, rank: Ints, predictions: DensePredictions
@@ -188,13 +179,6 @@ class TaskAwareOneToOneAssigner:
         return chosen, value, fallback
 
 
-def _parts(boxes: int, device: torch.device, predictions: DensePredictions) -> list[slice]:
-    """Boxes rated at once: on a CPU few enough for its cache, on an accelerator all, for a single transfer."""
-    whole = device.type != "cpu" or predictions.levels is None  # arbitrary points bound their memory themselves
-    size = boxes if whole else _BOXES_AT_ONCE
-    return [slice(start, start + size) for start in range(0, boxes, size)]
-
-
 def _host_points(predictions: DensePredictions) -> Floats:
     """The points ``(A, 2)`` on the host; of grids they are made there, which spares a transfer."""
     levels = predictions.levels
@@ -202,12 +186,68 @@ def _host_points(predictions: DensePredictions) -> Floats:
     return points.double().numpy()
 
 
-def _pairs(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column ``(P,)`` of the entries of ``valid (B, K)`` to look at."""
-    if valid.device.type == "cpu":
-        row, slot = valid.nonzero(as_tuple=True)  # about half of them
-        return row, slot
-    return _all_pairs(valid)  # to count the valid ones would take a transfer of its own
+# --- what the predictions say of the candidates, brought to the host --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The boxes of a batch, its P pairs of a box and a candidate point, and what is predicted there."""
+
+    boxes: Floats  # (B, 4)
+    labels: Ints  # (B,)
+    box: Ints  # (P,), ascending
+    point: Ints  # (P,)
+    logits: Floats  # (P,), of the box's class
+    predicted: Floats  # (P, 4)
+
+
+def _is_host(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _on_host(
+    predictions: DensePredictions, boxes: Tensor, labels: Tensor, image: Ints, radius: float, check: Callable[..., None]
+) -> _Found:
+    check(boxes.numpy(), labels.numpy())
+    if predictions.levels is not None:
+        box, point = grid_pairs(boxes.numpy(), predictions.levels, radius)
+    else:
+        pairs = point_pairs(boxes, predictions.points, predictions.strides, radius)
+        box, point = (x.numpy() for x in pairs)
+    place = image.take(box) * len(predictions.points) + point
+    logits = _taken(predictions.logits.flatten(0, 1), place, labels.numpy().take(box))
+    return _Found(boxes.numpy(), labels.numpy(), box, point, logits, _taken(predictions.boxes.flatten(0, 1), place))
+
+
+def _taken(table: Tensor, row: Ints, column: Ints | None = None) -> Floats:
+    """``table[row]`` or ``table[row, column]`` as float32. Reading scattered places is most of the assigner's time."""
+    table = table.detach()
+    if table.is_contiguous() and table.dtype in (torch.float32, torch.float64):
+        array = table.numpy()  # whose `take` is several times faster than an index
+        found = array.take(row, axis=0) if column is None else array.ravel().take(row * array.shape[1] + column)
+    else:
+        at = torch.from_numpy(row) if column is None else (torch.from_numpy(row), torch.from_numpy(column))
+        found = table[at].float().numpy()
+    return np.asarray(found, dtype=np.float32)
+
+
+def _on_accelerator(
+    predictions: DensePredictions, boxes: Tensor, labels: Tensor, image: Ints, radius: float, check: Callable[..., None]
+) -> _Found:
+    if predictions.levels is not None:
+        candidate, valid = grid_candidates(boxes, predictions.levels, radius)
+        row, slot = _all_pairs(valid)  # to list the valid ones would take a transfer of its own
+        point, real = candidate[row, slot], valid[row, slot]
+    else:
+        row, point = point_pairs(boxes, predictions.points, predictions.strides, radius)
+        real = torch.ones_like(row, dtype=torch.bool)
+    n = torch.from_numpy(image).to(boxes.device)[row]
+    # Labels are checked on the host afterwards; until then an index must not run out of bounds.
+    logits = predictions.logits[n, point, labels.clamp(0, predictions.logits.shape[-1] - 1)[row]].float()
+    predicted = predictions.boxes[n, point].float()
+    *host, keep = (x.numpy() for x in _packed(boxes, labels, row, point, logits, predicted, real))
+    check(host[0], host[1])
+    return _Found(host[0], host[1], *(x[keep] for x in host[2:]))
 
 
 def _all_pairs(valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,12 +256,8 @@ def _all_pairs(valid: Tensor) -> tuple[Tensor, Tensor]:
     return row, torch.arange(candidates, device=valid.device).repeat(boxes)
 
 
-def _to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors on the CPU, of the same shapes and kinds, in a single transfer."""
-    return tensors if tensors[0].device.type == "cpu" else _packed(*tensors)
-
-
 def _packed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors on the CPU, of the same shapes and kinds, in a single transfer."""
     # float64 holds float32 values and all indices exactly.
     host = torch.cat([x.flatten().double() for x in tensors]).cpu()
     parts = torch.split(host, [x.numel() for x in tensors])
