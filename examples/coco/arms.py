@@ -25,12 +25,14 @@ from crosskd_assign import (
     Target,
     TaskAwareOneToOneAssigner,
     adapt,
+    functional,
 )
 
 __all__ = ["ARMS", "Arm", "ArmName", "build_arm", "needs_teacher"]
 
+Score = Literal["classification", "classification-times-quality"]
 ArmName = Literal[
-    "one-to-many", "one-to-one", "cross-head", "auxiliary-head", "feature-imitation", "own-head-imitation"
+    "one-to-many", "one-to-one", "cross-head", "feature-imitation", "weighted-imitation", "own-head-imitation"
 ]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 METRICS = {
@@ -42,7 +44,7 @@ METRICS = {
 
 def needs_teacher(arm: ArmName) -> bool:
     """Whether an arm learns from a teacher."""
-    return arm in ("cross-head", "feature-imitation", "own-head-imitation")
+    return arm not in ("one-to-many", "one-to-one")
 
 
 class Arm(nn.Module):
@@ -71,6 +73,11 @@ class Arm(nn.Module):
         losses: dict[str, Tensor] = self.trainee(images, targets)
         return losses
 
+    def scale_distillation(self, factor: float) -> None:
+        """Set the factor on all distillation losses, for warm-up and decay; nothing where nothing is distilled."""
+        if isinstance(self.trainee, CrossHeadDistiller):
+            self.trainee.distillation_weight = factor
+
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> tuple[DensePredictions, Batch]:
         """Dense predictions, with the quality branch only where it is part of the score."""
@@ -88,8 +95,12 @@ def build_arm(
     classification_weight: float = 1.0,
     box_weight: float = 1.0,
     quality_weight: float = 0.0,
+    score: Score = "classification",
     imitation_weight: float = 1.0,
     alignment: Literal["statistics", "none"] = "statistics",
+    ranking_weight: float = 0.0,
+    auxiliary_head: bool = False,
+    detach: bool = False,
 ) -> Arm:
     """Build an arm around a torchvision detector.
 
@@ -101,19 +112,24 @@ def build_arm(
         classification_weight: Of the distillation's classification term.
         box_weight: Of the distillation's box term.
         quality_weight: Of the distillation's quality term.
+        score: What the distillation's classification term compares.
         imitation_weight: Of feature imitation.
         alignment: Of the student's features to the teacher's.
+        ranking_weight: Of the one-to-one ranking term.
+        auxiliary_head: Train a second head one-to-many beside the student's own.
+        detach: Keep the one-to-one losses from the features when there is such a second head.
 
     Raises:
         ValueError: The arm needs a teacher and has none.
     """
     if name == "one-to-many":
         return Arm(student, adapt(student), one_to_many=True)
-    detector = EndToEndDetector(student, assigner=METRICS[metric])
+    options: dict[str, Any] = {"assigner": METRICS[metric], "ranking_weight": ranking_weight}
+    detector = (
+        AuxiliaryHead(student, detach=detach, **options) if auxiliary_head else EndToEndDetector(student, **options)
+    )
     if name == "one-to-one":
         return Arm(detector, detector.adapter, one_to_many=False)
-    if name == "auxiliary-head":
-        return Arm(AuxiliaryHead(detector), detector.adapter, one_to_many=False)
     if teacher is None:
         raise ValueError(f"Expected a teacher for the arm {name!r}, but got none (--teacher). Fix: train one first.")
     distiller: CrossHeadDistiller
@@ -124,48 +140,71 @@ def build_arm(
             classification_weight=classification_weight,
             box_weight=box_weight,
             quality_weight=quality_weight,
+            score=score,
             alignment=alignment,
         )
-    elif name == "feature-imitation":
-        distiller = FeatureImitation(detector, teacher, alignment="none")
-        distiller.distillation_weight = imitation_weight
-    else:
+    elif name == "own-head-imitation":
         distiller = OwnHeadImitation(
             detector, teacher, classification_weight=classification_weight, box_weight=box_weight
         )
+    else:
+        imitation = StandardisedImitation if name == "feature-imitation" else WeightedImitation
+        distiller = imitation(detector, teacher, alignment="none")
+        distiller.imitation_weight = imitation_weight
     return Arm(distiller, detector.adapter, one_to_many=False)
 
 
-class AuxiliaryHead(nn.Module):
+class AuxiliaryHead(EndToEndDetector):
     """One-to-one training beside a second head that is trained one-to-many on the same features and then dropped.
 
-    The idea of YOLOv10 and DATE; the gradient of both heads reaches the features.
+    The idea of YOLOv10 and DATE. In DATE the gradient of both heads reaches the features, in YOLOv10 only the second's.
+
+    Args:
+        model: torchvision's FCOS or RetinaNet.
+        detach: Whether one-to-one losses stop at the features, as in YOLOv10.
+        options: Of `EndToEndDetector`.
     """
 
-    def __init__(self, detector: EndToEndDetector) -> None:
-        super().__init__()
-        self.detector = detector
-        self.head = copy.deepcopy(self.model.head).requires_grad_(True)
+    def __init__(self, model: nn.Module, *, detach: bool = False, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.detach = detach
+        self.head = copy.deepcopy(self._network.head).requires_grad_(True)
+        self._head_edits = self.adapter.edits_features()
+        self._seen: tuple[list[Tensor], Batch] | None = None
 
     @property
-    def model(self) -> Any:
+    def _network(self) -> Any:
         """The FCOS or RetinaNet whose features both heads share."""
-        return self.detector.model
+        return self.model
 
-    def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+    def predict(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        """The detector's own predictions; in training, the features are kept for the second head."""
+        if self.training:
+            self._seen = ([x.clone() for x in features] if self._head_edits else features), batch
+            features = [x.detach() for x in features] if self.detach else features
+        return super().predict(features, batch)
+
+    def losses(self, predictions: DensePredictions, targets: Sequence[Target]) -> dict[str, Tensor]:
         """One-to-one losses, and the one-to-many losses of torchvision under names that begin with ``auxiliary_``."""
-        adapter, model = self.detector.adapter, self.model
-        batch, moved = adapter.preprocess(images, targets)
-        features = adapter.features(batch)
-        losses = self.detector.losses(self.detector.predict(features, batch), moved or [])
-        anchors = model.anchor_generator(ImageList(batch.images, list(batch.sizes)), features)
+        losses = super().losses(predictions, targets)
+        if self._seen is None:
+            raise RuntimeError("Expected predict() before losses(), but got losses() alone. Fix: call the detector.")
+        (features, batch), self._seen = self._seen, None
+        anchors = self._network.anchor_generator(ImageList(batch.images, list(batch.sizes)), features)
         points_per_level = [x.shape[-2] * x.shape[-1] for x in features]
-        arguments = (anchors, points_per_level) if isinstance(model, FCOS) else (anchors,)
-        auxiliary = model.compute_loss(moved, self.head(features), *arguments)
+        arguments = (anchors, points_per_level) if isinstance(self.model, FCOS) else (anchors,)
+        auxiliary = self._network.compute_loss(targets, self.head(features), *arguments)
         return losses | {f"auxiliary_{name}": loss for name, loss in auxiliary.items()}
 
 
-class FeatureImitation(CrossHeadDistiller):
+class _Imitation(CrossHeadDistiller):
+    imitation_weight = 1.0
+
+    def imitation(self, losses: list[Tensor]) -> dict[str, Tensor]:
+        return {"imitation": self.distillation_weight * self.imitation_weight * torch.stack(losses).sum()}
+
+
+class StandardisedImitation(_Imitation):
     """Half the squared difference of standardised feature maps: PKD (Cao et al., NeurIPS 2022), no head involved."""
 
     def distillation_losses(
@@ -175,7 +214,30 @@ class FeatureImitation(CrossHeadDistiller):
         teacher = self.teacher_features(batch)
         pairs = zip(self.align(features, teacher), teacher, strict=True)
         losses = [F.mse_loss(_standardised(s), _standardised(t)) / 2 for s, t in pairs]
-        return {"imitation": self.distillation_weight * torch.stack(losses).sum()}
+        return self.imitation(losses)
+
+
+class WeightedImitation(_Imitation):
+    """Squared difference of feature maps, weighted by the teacher's best class score: the idea of Ultralytics' (2026).
+
+    Theirs is multiplied by the batch size, as its other losses are; ours, like the others here, is not.
+    """
+
+    def distillation_losses(
+        self, features: list[Tensor], predictions: DensePredictions, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Sum over levels of Σ w (s − t)² / (C · Σ w)."""
+        teacher = self.teacher_features(batch)
+        with torch.no_grad():
+            judged = self.teacher.head([x.clone() for x in teacher], batch)  # clones, because heads may edit them
+        confidence = functional.teacher_confidence(judged.logits)  # (N, A)
+        per_level = torch.split(confidence, [len(level) for level in judged.levels or ()], dim=1)
+        losses = []
+        for s, t, w in zip(self.align(features, teacher), teacher, per_level, strict=True):
+            n, channels, height, width = t.shape
+            weight = w.view(n, 1, height, width, -1).amax(dim=-1)  # of several anchors, the surest
+            losses.append(((s.float() - t.float()) ** 2 * weight).sum() / (weight.sum() * channels + 1e-9))
+        return self.imitation(losses)
 
 
 def _standardised(x: Tensor) -> Tensor:

@@ -165,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--data-path", type=Path, default=Path("data/demo"), help="COCO folder")
-    parser.add_argument("--val-annotations", default=None, help="file in annotations/ instead of instances_val[2017]")
+    parser.add_argument("--split", choices=("train", "val"), default="val", help="images to score")
+    parser.add_argument("--annotations", default=None, help="file in annotations/ instead of the usual one")
     parser.add_argument("--limit", type=int, default=None, help="images to score")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model, spec = load_model(options.run)
-        index = read_coco(*locate_split(options.data_path, "val", options.val_annotations))
+        index = read_coco(*locate_split(options.data_path, options.split, options.annotations))
         model.to(options.device)
         result = evaluate(
             Arm(model, adapt(model), one_to_many=spec.one_to_many),

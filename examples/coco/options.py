@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from arms import ARMS, METRICS
+from arms import ARMS, METRICS, Score
 from models import Architecture, Backbone
 
 __all__ = ["FREE_ON_RESUME", "Options", "parse_options"]
@@ -51,10 +51,16 @@ class Options:
     teacher: str = _option("", "run folder of a one-to-many detector, or torchvision:NAME for its COCO weights")
     inherit: bool = _option(False, "start with what fits of the teacher's backbone and neck")
     teacher_floor: float = _option(0.01, "refuse a teacher whose AP on validation images is below this")
+    auxiliary_head: bool = _option(False, "train a second, one-to-many head beside the student's (DATE, YOLOv10)")
+    detach: bool = _option(False, "with --auxiliary-head: one-to-one losses stop at the features (YOLOv10)")
+    ranking: float = _option(0.0, "weight of the one-to-one ranking term")
     metric: str = _option("poto", "preset of the task-aware metric", tuple(METRICS))
     distill_classification: float = _option(1.0, "weight of the distillation's classification term")
     distill_box: float = _option(1.0, "weight of the distillation's box term")
     distill_quality: float = _option(0.0, "weight of the distillation's quality term")
+    distill_score: str = _option("classification", "what the classification term compares", get_args(Score))
+    distill_warmup: float = _option(0.0, "share of the run over which distillation's weight rises from 0")
+    distill_decay: str = _option("none", "of distillation's weight, to 1 percent", ("none", "linear", "cosine"))
     imitation: float = _option(1.0, "weight of feature imitation")
     alignment: str = _option("statistics", "of student features to the teacher's", ("statistics", "none"))
 
@@ -105,6 +111,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     for name in ("epochs", "batch_size", "size", "log_every"):
         if getattr(options, name) < 1:
             parser.error(f"expected --{name.replace('_', '-')} of at least 1, but got {getattr(options, name)}")
+    if options.detach and not options.auxiliary_head:
+        parser.error("expected --auxiliary-head for --detach, but got none")
     if options.inherit and not options.teacher:
         parser.error("expected a --teacher for --inherit, but got none")
     if not Path(options.data_path).exists() and options.data != "demo":

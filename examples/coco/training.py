@@ -79,6 +79,13 @@ class Training:
             return warm * (0.5 * (1 + math.cos(math.pi * done)) * 0.99 + 0.01)
         return warm * (1.0 if done < 2 / 3 else 0.1 if done < 8 / 9 else 0.01)
 
+    def _distillation(self, step: int) -> float:
+        """Weight of distillation at a step, relative to its peak; it never ends at 0, which would look like a fault."""
+        done = step / max(1, self.total_steps)
+        warm = min(1.0, done / self.options.distill_warmup) if self.options.distill_warmup > 0 else 1.0
+        left = {"none": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        return warm * max(0.01, left[self.options.distill_decay])
+
     def batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
         """Endless batches from the current step on."""
         options, device = self.options, self.ranks.device
@@ -112,6 +119,7 @@ class Training:
             begun = time.perf_counter() - self.seconds
             batches = self.batches() if self.step < self.total_steps else iter(())
             for images, targets in batches:
+                self.arm.scale_distillation(self._distillation(self.step))
                 with torch.autocast(self.ranks.device.type, precision) if self._autocasts else nullcontext():
                     losses: dict[str, Tensor] = self.module(images, targets)
                 self._update(losses)

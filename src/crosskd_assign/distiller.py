@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from .structures import Batch, DensePredictions, Detection, Target
 from .validation import check_images, check_option, check_predictions, check_targets
 
 __all__ = ["CrossHeadDistiller"]
+
+Score = Literal["classification", "classification-times-quality"]
 
 
 class CrossHeadDistiller(nn.Module):
@@ -43,6 +45,8 @@ class CrossHeadDistiller(nn.Module):
         quality_weight: Weight of the cross-head quality loss (centerness, objectness), at least 0; off by default.
         distribution_weight: Weight of the cross-head loss on distance bins, for heads that have them, at least 0; off
             by default.
+        score: What the classification loss compares: the teacher's class scores, or "classification-times-quality",
+            which is how FCOS ranks its boxes; that needs a quality branch.
         gamma: Exponent of the classification loss, 0 or at least 1.
         confidence_threshold: Teacher confidence from which a point counts in the normaliser, 0…1.
         alignment: "statistics" or "none"; see `FeatureAligner`.
@@ -65,6 +69,7 @@ class CrossHeadDistiller(nn.Module):
         box_weight: float = 1.0,
         quality_weight: float = 0.0,
         distribution_weight: float = 0.0,
+        score: Score = "classification",
         gamma: float = 1.0,
         confidence_threshold: float = 0.05,
         alignment: Alignment = "statistics",
@@ -92,6 +97,7 @@ class CrossHeadDistiller(nn.Module):
         self.box_weight = box_weight
         self.quality_weight = quality_weight
         self.distribution_weight = distribution_weight
+        self.score = score
         self.gamma = gamma
         self.confidence_threshold = confidence_threshold
         self.distillation_weight = 1.0
@@ -239,6 +245,8 @@ class CrossHeadDistiller(nn.Module):
         Raises:
             IncompatibleDetectorsError: A weighted term needs a branch that the head has not.
         """
+        if self.score == "classification-times-quality":
+            predictions, teacher = _with_quality(predictions), _with_quality(teacher)
         confidence = functional.teacher_confidence(teacher.logits)
         normalizer = functional.distillation_normalizer(confidence, self.confidence_threshold)
         losses: dict[str, Tensor] = {}
@@ -301,6 +309,14 @@ def _crossing(student: list[PyramidLevel], teacher: list[PyramidLevel]) -> list[
 def _guarded(features: list[Tensor], edited: bool) -> list[Tensor]:
     """Copies for a head that would edit maps which others still need."""
     return [x.clone() for x in features] if edited else list(features)
+
+
+def _with_quality(predictions: DensePredictions) -> DensePredictions:
+    """Predictions whose class score is that of class times quality."""
+    if predictions.quality is None:
+        fix = 'leave score at "classification"'
+        raise IncompatibleDetectorsError(problem("a head that predicts quality", "none", "score", fix))
+    return replace(predictions, logits=functional.product_logits(predictions.logits, predictions.quality[..., None]))
 
 
 def _had(mine: Tensor | None, teacher: Tensor | None, branch: str) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ class EndToEndDetector(nn.Module):
         assigner: Picks the one positive point of each object; default `TaskAwareOneToOneAssigner` ().
         classification_weight: Weight of the focal loss, at least 0.
         box_weight: Weight of the GIoU loss, at least 0. 2 as in POTO (Wang et al., CVPR 2021).
+        ranking_weight: Weight of `functional.one_to_one_ranking_loss`, at least 0; off by default.
         focal_alpha: α of the focal loss, 0…1.
         focal_gamma: γ of the focal loss, at least 0.
         top_k: Detections returned for an image.
@@ -47,6 +48,7 @@ class EndToEndDetector(nn.Module):
         assigner: TaskAwareOneToOneAssigner | None = None,
         classification_weight: float = 1.0,
         box_weight: float = 2.0,
+        ranking_weight: float = 0.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         top_k: int = 100,
@@ -55,6 +57,7 @@ class EndToEndDetector(nn.Module):
         super().__init__()
         check_option("classification_weight", classification_weight, low=0)
         check_option("box_weight", box_weight, low=0)
+        check_option("ranking_weight", ranking_weight, low=0)
         check_option("focal_alpha", focal_alpha, low=0, high=1)
         check_option("focal_gamma", focal_gamma, low=0)
         check_option("top_k", top_k, low=1)
@@ -63,6 +66,7 @@ class EndToEndDetector(nn.Module):
         self.assigner = TaskAwareOneToOneAssigner() if assigner is None else assigner
         self.classification_weight = classification_weight
         self.box_weight = box_weight
+        self.ranking_weight = ranking_weight
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.top_k = top_k
@@ -120,7 +124,8 @@ class EndToEndDetector(nn.Module):
             targets: N targets in pixels of the batch image.
 
         Returns:
-            ``"classification"`` and ``"bbox_regression"``, weighted, divided by the matched boxes averaged over ranks.
+            ``"classification"``, ``"bbox_regression"`` and, if weighted, ``"ranking"``, divided by the matched boxes
+            averaged over ranks.
         """
         assignment = self.assigner(predictions, targets)
         self.assignment = assignment
@@ -136,10 +141,15 @@ class EndToEndDetector(nn.Module):
             gamma=self.focal_gamma,
         )
         box = functional.one_to_one_box_loss(predictions.boxes, assignment, boxes, normalizer=normalizer)
-        return {
+        losses = {
             "classification": self.classification_weight * classification,
             "bbox_regression": self.box_weight * box,
         }
+        if self.ranking_weight > 0:
+            losses["ranking"] = self.ranking_weight * functional.one_to_one_ranking_loss(
+                predictions.logits, predictions.boxes, assignment, labels, boxes, normalizer=normalizer
+            )
+        return losses
 
     def detect(self, predictions: DensePredictions, batch: Batch) -> list[Detection]:
         """The ``top_k`` best detections of every image, in the coordinates of the images that came in."""

@@ -26,6 +26,8 @@ __all__ = [
     "mean_over_ranks",
     "one_to_one_box_loss",
     "one_to_one_classification_loss",
+    "one_to_one_ranking_loss",
+    "product_logits",
     "task_aware_metric",
     "teacher_confidence",
 ]
@@ -103,9 +105,69 @@ def one_to_one_box_loss(
     return (1 - generalized_iou(predicted, matched_boxes.to(predicted.dtype))).sum() / normalizer
 
 
+def one_to_one_ranking_loss(
+    logits: Tensor,
+    boxes: Tensor,
+    assignment: Assignment,
+    labels: Tensor,
+    matched_boxes: Tensor,
+    *,
+    normalizer: Tensor | float,
+    iou_threshold: float = 0.6,
+    candidates: int = 300,
+) -> Tensor:
+    """Σ over matched pairs of log(1 + Σ_j exp(z_j − z)): the pair against its duplicates j.
+
+    Duplicates are what NMS would have to remove: among the image's ``candidates`` best (point, class) pairs those of
+    the object's class, matched to no object, whose predicted box has an IoU with the object above ``iou_threshold``.
+    It is the cross-entropy of picking the matched point out of them: the focal loss asks each of them to be low, this
+    asks them to be lower than the one.
+
+    Args:
+        logits: ``(N, A, C)`` class logits.
+        boxes: ``(N, A, 4)`` decoded boxes; no gradient flows into them.
+        assignment: The M matched pairs.
+        labels: ``(M,)`` int64, the class of each matched pair.
+        matched_boxes: ``(M, 4)`` ground truth of each pair.
+        normalizer: Divisor of the sum.
+        iou_threshold: IoU of a duplicate, 0…1; 0.6 is the NMS threshold of torchvision's FCOS.
+        candidates: Pairs of an image that are looked at.
+
+    Returns:
+        A scalar, connected to the graph when M is 0.
+    """
+    _, a, c = logits.shape
+    image = assignment.image
+    best = logits.detach().flatten(1).topk(min(candidates, a * c), dim=1).indices  # (N, k)
+    point, label = torch.div(best, c, rounding_mode="floor"), best % c
+    own = torch.zeros_like(logits, dtype=torch.bool)
+    own[image, assignment.point, labels] = True
+    free = ~own.flatten(1).gather(1, best)  # (N, k)
+    predicted = at_least_float32(boxes.detach().gather(1, point[..., None].expand(-1, -1, 4)))  # (N, k, 4)
+    overlap = iou(predicted[image], matched_boxes.to(predicted.dtype)[:, None])  # (M, k)
+    rival = free[image] & (label[image] == labels[:, None]) & (overlap > iou_threshold)
+    matched = at_least_float32(logits[image, assignment.point, labels])  # (M,)
+    others = at_least_float32(logits.flatten(1).gather(1, best))[image]  # (M, k)
+    gap = torch.where(rival, others - matched[:, None], -torch.inf)
+    return F.softplus(torch.cat([gap, gap.new_full((len(gap), 1), -60.0)], dim=1).logsumexp(dim=1)).sum() / normalizer
+
+
 def teacher_confidence(teacher_logits: Tensor) -> Tensor:
     """How sure the teacher is that a point shows an object: w = max over classes of σ(z_t), ``(N, A)``."""
     return at_least_float32(teacher_logits.amax(dim=-1)).sigmoid()
+
+
+def product_logits(first: Tensor, second: Tensor) -> Tensor:
+    """The logit of σ(first) · σ(second).
+
+    σ(x) σ(y) has the odds 1 / (e⁻ˣ + e⁻ʸ + e⁻ˣ⁻ʸ), so that the logarithm is never left and any magnitude is exact.
+
+    Args:
+        first: Logits.
+        second: Logits that broadcast with them.
+    """
+    x, y = at_least_float32(first), at_least_float32(second)
+    return -torch.logaddexp(torch.logaddexp(-x, -y), -x - y)
 
 
 def distillation_normalizer(confidence: Tensor, threshold: float = 0.05) -> Tensor:

@@ -22,7 +22,7 @@ __all__ = ["background_focal_sum", "quality_focal_sum"]
 # Elements at a time: a chunk and its temporaries fit a core's cache; on accelerators, launches must stay few.
 _CHUNK = {"cpu": 2**16, "other": 2**22}
 
-# Of logits (and further tensors of their shape): the elementwise loss and, if wanted, its derivative by the logits.
+# Of logits (and further tensors of their shape), flat: the sum of the loss and, if wanted, its derivative by the logits.
 _Terms = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -37,7 +37,7 @@ class _FusedSum(torch.autograd.Function):
         for start in range(0, len(flat), chunk):
             part = slice(start, start + chunk)
             loss, slope = terms(at_least_float32(flat[part]), *(at_least_float32(x[part]) for x in flat_others), wanted)
-            total += loss.sum()
+            total += loss
             if derivative is not None and slope is not None:
                 derivative[part] = slope
         if derivative is not None:
@@ -56,7 +56,7 @@ class _FusedSum(torch.autograd.Function):
 
 def _sum(terms: _Terms, z: Tensor, *others: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler fuses by itself, and would unroll the chunks
-        return terms(at_least_float32(z), *(at_least_float32(x) for x in others), False)[0].sum()
+        return terms(*(at_least_float32(x).flatten() for x in (z, *others)), False)[0]
     total: Tensor = _FusedSum.apply(terms, z, *others)
     return total
 
@@ -67,15 +67,19 @@ def quality_focal_sum(z: Tensor, teacher: Tensor, gamma: float) -> Tensor:
     def terms(z: Tensor, t: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         p, q = z.sigmoid(), t.sigmoid()
         difference = p - q  # also the derivative of the cross-entropy
-        entropy = F.softplus(z) - q * z
+        entropy = F.softplus(z).addcmul_(q, z, value=-1)
         if gamma == 0:
-            return entropy, difference
+            return entropy.sum(), difference
         distance = difference.abs()
         weight = distance if gamma == 1 else distance**gamma
+        loss = torch.dot(weight, entropy)
         if not wanted:
-            return weight * entropy, None
-        slope = difference.sign() if gamma == 1 else gamma * difference.sign() * distance ** (gamma - 1)
-        return weight * entropy, slope * p * (1 - p) * entropy + weight * difference
+            return loss, None
+        # d/dz of |d|ᵞ E is sign(d) (γ |d|ᵞ⁻¹ p (1 − p) E + |d|ᵞ⁺¹), with d = p − q the derivative of E.
+        slope = torch.addcmul(p, p, p, value=-1).mul_(entropy)
+        if gamma != 1:
+            slope.mul_(gamma * distance ** (gamma - 1))
+        return loss, slope.addcmul_(weight, distance).mul_(difference.sign_())
 
     return _sum(terms, z, teacher.detach())
 
@@ -86,8 +90,10 @@ def background_focal_sum(z: Tensor, gamma: float) -> Tensor:
     def terms(z: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         p, entropy = z.sigmoid(), F.softplus(z)
         weight = p * p if gamma == 2 else p**gamma
+        loss = torch.dot(weight, entropy)
         if not wanted:
-            return weight * entropy, None
-        return weight * entropy, weight * (gamma * (1 - p) * entropy + p)
+            return loss, None
+        # d/dz of pᵞ E is pᵞ (γ (1 − p) E + p).
+        return loss, entropy.mul_(1 - p).mul_(gamma).add_(p).mul_(weight)
 
     return _sum(terms, z)

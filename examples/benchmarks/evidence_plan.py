@@ -1,0 +1,203 @@
+"""What the evidence consists of: data sets with their protocol, variants of training, and studies that group them.
+
+A *variant* is a set of options of ``examples/coco/train.py`` and, where it learns from one, the variant that is its
+teacher. Every variant of a data set has the same network, augmentation, optimiser and, times its ``length``, epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["SETS", "STUDIES", "VARIANTS", "Protocol", "Run", "Variant", "planned"]
+
+Option = str | float | bool
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How all variants of one data set are trained.
+
+    Attributes:
+        epochs: Of a variant of length 1.
+        options: Of ``train.py``, the same for all.
+        folder: Of the data set, if it is not called like this protocol.
+    """
+
+    epochs: int
+    options: Mapping[str, Option]
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        title: In tables.
+        options: Of ``train.py``, besides the protocol's.
+        teacher: The variant it learns from or inherits from; trained with the same seed.
+        length: Epochs in units of the protocol's.
+    """
+
+    title: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    teacher: str = ""
+    length: float = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: of a variant, on a data set, with a seed; "tune" holds out a part of the training images."""
+
+    data: str
+    split: str
+    variant: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name, also of its folder."""
+        return f"{self.data}/{self.split}/{self.variant}/{self.seed}"
+
+    @property
+    def teacher(self) -> Run | None:
+        """The run it needs finished."""
+        name = VARIANTS[self.variant].teacher
+        return Run(self.data, self.split, name, self.seed) if name else None
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training images."""
+        return round(SETS[self.data].epochs * VARIANTS[self.variant].length)
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Of ``train.py``, without folders."""
+        variant = VARIANTS[self.variant]
+        return {**SETS[self.data].options, **variant.options, "epochs": self.epochs, "seed": self.seed}
+
+
+_SMALL: dict[str, Option] = {
+    "batch_size": 4,
+    "lr": 1e-3,
+    "ema": 0.998,
+    "precision": "bfloat16",
+    "cache": True,
+    "augmentation": "crop",
+}
+SETS = {
+    "demo": Protocol(8, {**_SMALL, "size": 128, "augmentation": "flip"}),
+    "bccd": Protocol(30, {**_SMALL, "size": 192}),
+    "pcb": Protocol(10, {**_SMALL, "size": 224}),
+    "highway": Protocol(25, {**_SMALL, "size": 192}),
+    "coco_person": Protocol(
+        15,
+        {
+            **_SMALL,
+            "size": 224,
+            "backbone": "mobilenet_v2",
+            "channels": 96,
+            "head_convs": 2,
+            "train_annotations": "instances_train_person.json",
+            "val_annotations": "instances_val_person.json",
+        },
+        folder="coco_open",
+    ),
+}
+
+_CROSS: dict[str, Option] = {"arm": "cross-head"}
+_TEACHER = "one-to-many"
+VARIANTS = {
+    # --- without a teacher
+    "one-to-many": Variant("one-to-many", {"arm": "one-to-many"}),
+    "one-to-many-2x": Variant("one-to-many, twice as long", {"arm": "one-to-many"}, length=2),
+    "one-to-one": Variant("one-to-one (POTO)", {"arm": "one-to-one"}),
+    "one-to-one-2x": Variant("one-to-one (POTO), twice as long", {"arm": "one-to-one"}, length=2),
+    "one-to-one-task-aligned": Variant("one-to-one (task-aligned)", {"arm": "one-to-one", "metric": "task-aligned"}),
+    "one-to-one-yolo": Variant("one-to-one (YOLO)", {"arm": "one-to-one", "metric": "yolo"}),
+    "one-to-one-ranking": Variant("one-to-one, ranking", {"arm": "one-to-one", "ranking": 0.25}),
+    "auxiliary-head": Variant("one-to-one, auxiliary head", {"arm": "one-to-one", "auxiliary_head": True}),
+    "auxiliary-head-detached": Variant(
+        "one-to-one, auxiliary head, detached", {"arm": "one-to-one", "auxiliary_head": True, "detach": True}
+    ),
+    # --- peers that have a teacher
+    "one-to-one-inherit": Variant("one-to-one, inheriting", {"arm": "one-to-one", "inherit": True}, _TEACHER),
+    "feature-imitation": Variant("feature imitation (PKD)", {"arm": "feature-imitation"}, _TEACHER),
+    "feature-imitation-6": Variant(
+        "feature imitation (PKD), weight 6", {"arm": "feature-imitation", "imitation": 6.0}, _TEACHER
+    ),
+    "weighted-imitation": Variant(
+        "feature imitation (weighted L2), weight 6", {"arm": "weighted-imitation", "imitation": 6.0}, _TEACHER
+    ),
+    "own-head-imitation": Variant("own-head imitation", {"arm": "own-head-imitation"}, _TEACHER),
+    # --- cross-head distillation, as in the paper, and what may improve it
+    "cross-head": Variant("cross-head", _CROSS, _TEACHER),
+    "cross-head-2x-teacher": Variant("cross-head, teacher trained twice as long", _CROSS, "one-to-many-2x"),
+    "cross-head-unaligned": Variant("cross-head, no alignment", {**_CROSS, "alignment": "none"}, _TEACHER),
+    "cross-head-quality": Variant("cross-head, quality term", {**_CROSS, "distill_quality": 1.0}, _TEACHER),
+    "cross-head-product": Variant(
+        "cross-head, class × quality", {**_CROSS, "distill_score": "classification-times-quality"}, _TEACHER
+    ),
+    "cross-head-half": Variant(
+        "cross-head, weights ½", {**_CROSS, "distill_classification": 0.5, "distill_box": 0.5}, _TEACHER
+    ),
+    "cross-head-double": Variant(
+        "cross-head, weights 2", {**_CROSS, "distill_classification": 2.0, "distill_box": 2.0}, _TEACHER
+    ),
+    "cross-head-decay": Variant("cross-head, decaying", {**_CROSS, "distill_decay": "cosine"}, _TEACHER),
+    "cross-head-warmup": Variant("cross-head, warmed up", {**_CROSS, "distill_warmup": 0.2}, _TEACHER),
+    "cross-head-ranking": Variant("cross-head, ranking", {**_CROSS, "ranking": 0.25}, _TEACHER),
+    "cross-head-auxiliary": Variant("cross-head, auxiliary head", {**_CROSS, "auxiliary_head": True}, _TEACHER),
+    "cross-head-inherit": Variant("cross-head, inheriting", {**_CROSS, "inherit": True}, _TEACHER),
+    "cross-head-inherit-decay": Variant(
+        "cross-head, inheriting, decaying", {**_CROSS, "inherit": True, "distill_decay": "cosine"}, _TEACHER
+    ),
+    "cross-head-inherit-ranking": Variant(
+        "cross-head, inheriting, ranking", {**_CROSS, "inherit": True, "ranking": 0.25}, _TEACHER
+    ),
+}
+STUDIES = {
+    "screen": (
+        "one-to-many",
+        "one-to-one",
+        "one-to-one-inherit",
+        "cross-head",
+        "cross-head-inherit",
+        "cross-head-inherit-decay",
+        "cross-head-ranking",
+        "cross-head-auxiliary",
+        "auxiliary-head",
+        "cross-head-product",
+        "one-to-many-2x",
+        "one-to-one-2x",
+        "cross-head-2x-teacher",
+        "cross-head-half",
+        "cross-head-unaligned",
+    ),
+    "main": (
+        "one-to-many",
+        "one-to-one",
+        "auxiliary-head",
+        "feature-imitation",
+        "own-head-imitation",
+        "cross-head",
+        "one-to-many-2x",
+        "one-to-one-inherit",
+        "cross-head-inherit",
+    ),
+}
+
+
+def planned(study: str, data: Iterable[str], split: str, seeds: Iterable[int]) -> Iterator[Run]:
+    """The runs of a study, each after its teacher, without repetition; set by set and seed by seed."""
+    names = [study] if study in VARIANTS else STUDIES[study]
+    for one in data:
+        seen: set[Run] = set()
+        for seed in seeds:
+            for name in names:
+                run = Run(one, split, name, seed)
+                for wanted in (run.teacher, run):
+                    if wanted is not None and wanted not in seen:
+                        seen.add(wanted)
+                        yield wanted

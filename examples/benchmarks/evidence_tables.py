@@ -1,0 +1,171 @@
+"""Makes the tables and plots of docs/results.md from the recorded runs.
+
+python examples/benchmarks/evidence_tables.py
+
+Tables replace what stands between ``<!-- table: SET SPLIT -->`` and ``<!-- end -->``; every set and split that the
+document names in this way is filled in. APs are per cent, mean ± standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from evidence_plan import SETS, VARIANTS
+
+mpl.use("agg")
+
+import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parents[1] / "docs"
+BASELINE = "one-to-many"
+Line = dict[str, Any]
+Groups = dict[str, list[Line]]  # the seeds of every variant
+
+_TABLE = re.compile(r"(<!-- (table|gains|memory): (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=DOCS / "results" / "runs.jsonl", help="JSON lines of the runs")
+    parser.add_argument("--document", type=Path, default=DOCS / "results.md", help="document to fill in")
+    parser.add_argument("--images", type=Path, default=DOCS / "images", help="folder for the plots")
+    options = parser.parse_args(arguments)
+    lines = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+
+    def filled(match: re.Match[str]) -> str:
+        begin, kind, data, split, end = match.groups()
+        make = {"table": table, "gains": gains, "memory": memorised}[kind]
+        return f"{begin}\n{make(lines, data.split(','), split)}\n\n{end}"
+
+    text = options.document.read_text(encoding="utf-8")
+    options.document.write_text(_TABLE.sub(filled, text), encoding="utf-8")
+    for data in SETS:
+        found = grouped(lines, data, "final")
+        if BASELINE in found:
+            draw(found, options.images / f"results-{data}.png", data)
+
+
+def grouped(lines: Iterable[Line], data: str, split: str) -> Groups:
+    """The lines of a set and split by variant, in the order of the plan."""
+    found: Groups = defaultdict(list)
+    for line in lines:
+        if (line["data"], line["split"]) == (data, split):
+            found[line["variant"]].append(line)
+    return {name: found[name] for name in VARIANTS if name in found}
+
+
+def table(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
+    """All variants of one set."""
+    rows = []
+    for name, runs in grouped(lines, data[0], split).items():
+        teacher = VARIANTS[name].teacher
+        epochs = f"{runs[0]['options']['epochs']}"
+        if teacher:
+            epochs += f" + {round(SETS[data[0]].epochs * VARIANTS[teacher].length)}"
+        rows.append(
+            [
+                VARIANTS[name].title,
+                epochs,
+                f"**{spread(runs, 'ap')}**" if name != BASELINE else spread(runs, "ap"),
+                spread(runs, "ap_nms"),
+                *(spread(runs, key) for key in ("ap50", "ap_small", "ap_medium", "ap_large")),
+                f"{statistics.mean(run['scores']['duplicates'] for run in runs):.2f}",
+                _cost(runs),
+                f"{len(runs)}",
+            ]
+        )
+    head = "variant|epochs (+ teacher's)|AP without NMS|AP with NMS|AP50|APs|APm|APl|duplicates|CPU min|seeds"
+    return markdown(head.split("|"), rows)
+
+
+def gains(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
+    """Of every variant without NMS over the one-to-many baseline with NMS, seed by seed, on several sets."""
+    sets = [name for name in data if BASELINE in grouped(lines, name, split)]
+    found = {name: grouped(lines, name, split) for name in sets}
+    rows = []
+    for variant in VARIANTS:
+        cells, every = [], []
+        for name in sets:
+            base = {run["seed"]: run["scores"]["ap_nms"] for run in found[name][BASELINE]}
+            pairs = [
+                100 * (run["scores"]["ap"] - base[run["seed"]])
+                for run in found[name].get(variant, [])
+                if run["seed"] in base
+            ]
+            cells.append(_plus_minus(pairs, sign=True))
+            every += [statistics.mean(pairs)] if pairs else []
+        if len(every) == len(sets) and sets:
+            rows.append([VARIANTS[variant].title, *cells, f"**{statistics.mean(every):+.1f}**"])
+    return markdown(["variant, without NMS", *sets, "mean"], rows)
+
+
+def memorised(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
+    """AP with NMS of the teachers on the images they were trained on, and on new ones."""
+    rows = []
+    for name in data:
+        for variant in (BASELINE, f"{BASELINE}-2x"):
+            runs = [r for r in grouped(lines, name, split).get(variant, []) if r.get("scores_on_training_images")]
+            if runs:
+                seen = [100 * run["scores_on_training_images"]["ap_nms"] for run in runs]
+                rows.append([name, VARIANTS[variant].title, _plus_minus(seen), spread(runs, "ap_nms")])
+    return markdown(["set", "teacher", "AP on its training images", "AP on new images"], rows)
+
+
+def spread(runs: Sequence[Line], key: str) -> str:
+    """Mean ± standard deviation of a score, in per cent."""
+    return _plus_minus([100 * run["scores"][key] for run in runs if run["scores"][key] is not None])
+
+
+def _plus_minus(values: Sequence[float], *, sign: bool = False) -> str:
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):{'+' if sign else ''}.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def _cost(runs: Sequence[Line]) -> str:
+    seconds = [run["cpu_seconds"] for run in runs if run["cpu_seconds"] is not None]
+    return f"{statistics.median(seconds) / 60:.1f}" if seconds else "–"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(found: Groups, path: Path, data: str) -> None:
+    """AP of every variant without and with NMS, a dot a seed, beside the baseline with NMS."""
+    names = list(found)
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.28 * len(names)), layout="constrained")
+    base = statistics.mean(100 * run["scores"]["ap_nms"] for run in found[BASELINE])
+    axes.axvline(base, color="0.6", linestyle="--", linewidth=1, label="one-to-many with NMS, mean")
+    for y, name in enumerate(names):
+        for key, style in (
+            ("ap_nms", {"color": "tab:orange", "marker": "|"}),
+            ("ap", {"color": "tab:blue", "marker": "o"}),
+        ):
+            values = [100 * run["scores"][key] for run in found[name]]
+            label = ("with NMS" if key == "ap_nms" else "without NMS") if y == 0 else None
+            axes.scatter(values, [y] * len(values), s=28, label=label, **style)  # type: ignore[arg-type]
+    axes.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"AP on {data}, a mark a seed")
+    axes.legend(loc="lower left", fontsize="small")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
