@@ -114,7 +114,7 @@ class Bench:
         if not resume and folder.exists():
             for leftover in folder.iterdir():  # of a run that was killed before its first checkpoint
                 leftover.unlink()
-        command = [str(SCRIPTS / "train.py"), "--output", str(folder), *_flags(run.options)]
+        command = [str(SCRIPTS / "train.py"), "--output", str(folder), *self._flags(run.options)]
         command += ["--data-path", str(self._data(run)), "--log-every", "100"]
         if run.teacher is not None:
             command += ["--teacher", str(self.work / run.teacher.key)]
@@ -159,6 +159,18 @@ class Bench:
         scores = json.loads(output.read_text(encoding="utf-8"))["scores"]
         return {name: scores[name] for name in ("ap", "ap_nms")}
 
+    def _flags(self, options: dict[str, Option]) -> list[str]:
+        flags: list[str] = []
+        for name, value in options.items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                flags.append(flag)
+            elif name == "backbone_weights":
+                flags += [flag, str(self.data_root / str(value))]
+            elif value is not False:
+                flags += [flag, str(value)]
+        return flags
+
     def _data(self, run: Run) -> Path:
         """The data set's folder; for choosing, one whose validation images are held out of the training images."""
         with self.lock:
@@ -193,17 +205,6 @@ def _hold_out(source: Path, folder: Path) -> None:
             name = path.name.replace("train", split)
             (temporary / "annotations" / name).write_text(json.dumps(part), encoding="utf-8")
     temporary.replace(folder)
-
-
-def _flags(options: dict[str, Option]) -> list[str]:
-    flags: list[str] = []
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            flags.append(flag)
-        elif value is not False:
-            flags += [flag, str(value)]
-    return flags
 
 
 def _call(command: list[str], log: Path) -> tuple[int, float, float]:

@@ -121,6 +121,24 @@ VARIANTS = {
     "auxiliary-head-detached": Variant(
         "one-to-one, auxiliary head, detached", {"arm": "one-to-one", "auxiliary_head": True, "detach": True}
     ),
+    # --- a larger teacher: another backbone that knows ImageNet; the student starts from nothing as ever
+    "one-to-many-large": Variant(
+        "one-to-many, MobileNetV2 from ImageNet",
+        {
+            "arm": "one-to-many",
+            "backbone": "mobilenet_v2",
+            "backbone_weights": "weights/mobilenet_v2_in1k_tf2.pth",
+            "channels": 64,
+            "head_convs": 2,
+        },
+    ),
+    "cross-head-large": Variant("cross-head, larger teacher", _CROSS, "one-to-many-large"),
+    "cross-head-large-decay": Variant(
+        "cross-head, larger teacher, decaying", {**_CROSS, "distill_decay": "cosine"}, "one-to-many-large"
+    ),
+    "feature-imitation-large": Variant(
+        "feature imitation (PKD), larger teacher", {"arm": "feature-imitation"}, "one-to-many-large"
+    ),
     # --- peers that have a teacher
     "one-to-one-inherit": Variant("one-to-one, inheriting", {"arm": "one-to-one", "inherit": True}, _TEACHER),
     "feature-imitation": Variant("feature imitation (PKD)", {"arm": "feature-imitation"}, _TEACHER),

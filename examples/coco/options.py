@@ -111,6 +111,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     for name in ("epochs", "batch_size", "size", "log_every"):
         if getattr(options, name) < 1:
             parser.error(f"expected --{name.replace('_', '-')} of at least 1, but got {getattr(options, name)}")
+    if options.seed < 0:
+        parser.error(f"expected --seed of at least 0, but got {options.seed}")
     if options.detach and not options.auxiliary_head:
         parser.error("expected --auxiliary-head for --detach, but got none")
     if options.inherit and not options.teacher:

@@ -22,7 +22,7 @@ __all__ = ["background_focal_sum", "quality_focal_sum"]
 # Elements at a time: a chunk and its temporaries fit a core's cache; on accelerators, launches must stay few.
 _CHUNK = {"cpu": 2**16, "other": 2**22}
 
-# Of logits (and further tensors of their shape), flat: the sum of the loss and, if wanted, its derivative by the logits.
+# Of flat logits (and further tensors of their shape): the sum of the loss and, if wanted, its derivative by the logits.
 _Terms = Callable[..., tuple[Tensor, Tensor | None]]
 
 

@@ -250,6 +250,8 @@ def test_the_script_itself_ends_with_code_2_and_a_sentence(script, tmp_path):
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
         (["--epochs", "0"], "expected --epochs of at least 1, but got 0"),
         (["--batch-size", "-2"], "expected --batch-size of at least 1, but got -2"),
+        (["--seed", "-1"], "expected --seed of at least 0, but got -1"),
+        (["--detach"], "expected --auxiliary-head for --detach, but got none"),
         (["--arm", "best"], "invalid choice: 'best'"),
         (["--data-path", "/none/at/all"], "got no folder at --data-path /none/at/all"),
         (["--inherit"], "expected a --teacher for --inherit"),
