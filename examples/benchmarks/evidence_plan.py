@@ -89,7 +89,7 @@ _SMALL: dict[str, Option] = {
 SETS = {
     "demo": Protocol(8, {**_SMALL, "size": 128, "augmentation": "flip"}),
     "bccd": Protocol(30, {**_SMALL, "size": 192}),
-    "pcb": Protocol(10, {**_SMALL, "size": 224}),
+    "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}),
     "highway": Protocol(25, {**_SMALL, "size": 192}),
     "coco_person": Protocol(
         15,
