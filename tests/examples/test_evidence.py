@@ -1,0 +1,135 @@
+"""The evidence: its plan fits the training script, runs are recorded once, tables say what the lines say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import evidence
+import evidence_plan
+import evidence_tables
+import pytest
+from evidence_plan import SETS, STUDIES, VARIANTS, Protocol, Run, planned
+from options import parse_options
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_understood_by_the_training_script(variant, tmp_path):
+    bench = evidence.Bench(tmp_path, tmp_path, tmp_path / "runs.jsonl")
+    run = Run("bccd", "final", variant, 2)
+    arguments = ["--output", "x", "--data-path", str(tmp_path), "--teacher", "t", *bench._flags(run.options)]
+    options = parse_options(arguments)
+    assert options.seed == 2
+    assert options.epochs == round(SETS["bccd"].epochs * VARIANTS[variant].length)
+    assert not options.inherit or run.teacher is not None
+
+
+def test_every_variant_of_a_set_differs_in_nothing_but_what_it_says():
+    for name in SETS:
+        common = SETS[name].options
+        for variant in VARIANTS.values():
+            assert not common.keys() & variant.options.keys() - {
+                "backbone",
+                "channels",
+                "head_convs",
+                "backbone_weights",
+            }
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_teachers_are_planned_before_their_students_and_once(study):
+    runs = list(planned(study, ["bccd", "pcb"], "tune", [0, 1]))
+    assert len(set(runs)) == len(runs)
+    for i, run in enumerate(runs):
+        assert run.teacher is None or run.teacher in runs[:i]
+    assert {run.variant for run in runs} >= set(STUDIES[study])
+
+
+def test_an_unfinished_teacher_keeps_its_students_waiting_and_a_lost_one_is_trained_again(tmp_path):
+    results = tmp_path / "runs.jsonl"
+    teacher, student = Run("bccd", "final", "one-to-many", 0), Run("bccd", "final", "cross-head", 0)
+    results.write_text(json.dumps({"run": teacher.key, "options": teacher.options}) + "\n")
+    assert evidence.Bench(tmp_path, tmp_path, results).left([teacher, student]) == [teacher, student]
+    (tmp_path / teacher.key).mkdir(parents=True)
+    (tmp_path / teacher.key / "model.json").touch()
+    assert evidence.Bench(tmp_path, tmp_path, results).left([teacher, student]) == [student]
+
+
+def test_a_line_made_with_other_options_is_refused(tmp_path):
+    run = Run("bccd", "final", "one-to-many", 0)
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"run": run.key, "options": {**run.options, "lr": 7.0}}) + "\n")
+    with pytest.raises(SystemExit, match=r"Expected bccd/final/one-to-many/0 with the options .* Fix: "):
+        evidence.Bench(tmp_path, tmp_path, tmp_path / "runs.jsonl").left([run])
+
+
+def test_images_held_out_are_a_quarter_of_the_training_images_and_no_others(scenes_folder, tmp_path):
+    evidence._hold_out(scenes_folder, tmp_path / "held-out")
+    parts = [
+        json.loads((tmp_path / "held-out" / "annotations" / f"instances_{split}.json").read_text())
+        for split in ("train", "val")
+    ]
+    whole = json.loads((scenes_folder / "annotations" / "instances_train.json").read_text())
+    names = [{image["file_name"] for image in part["images"]} for part in parts]
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == {image["file_name"] for image in whole["images"]}
+    assert len(names[1]) == round(len(whole["images"]) / 4)
+    assert sum(len(part["annotations"]) for part in parts) == len(whole["annotations"])
+    for part in parts:
+        ids = {image["id"] for image in part["images"]}
+        assert all(box["image_id"] in ids for box in part["annotations"])
+
+
+@pytest.mark.slow
+def test_runs_are_recorded_once_with_their_scores_and_cost(scenes_folder, tmp_path, monkeypatch):
+    tiny: dict[str, Any] = {"size": 64, "batch_size": 8, "warmup_steps": 2, "teacher_floor": 0.0}
+    monkeypatch.setitem(evidence_plan.SETS, "tiny", Protocol(1, tiny, folder=scenes_folder.name))
+    results = tmp_path / "runs.jsonl"
+    arguments = ["--data-root", scenes_folder.parent, "--work", tmp_path / "work", "--results", results]
+    arguments += ["--sets", "tiny", "--seeds", "1", "--study", "cross-head", "--jobs", "2"]
+    texts = [str(argument) for argument in arguments]
+    assert evidence.main(texts) == 0
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["run"] for line in lines] == ["tiny/final/one-to-many/1", "tiny/final/cross-head/1"]
+    for line in lines:
+        summary = json.loads((tmp_path / "work" / line["run"] / "summary.json").read_text())
+        assert line["scores"] == summary["scores"]
+        assert line["cpu_seconds"] > 0.5
+        assert line["memory_mb"] > 100
+    assert lines[0]["scores_on_training_images"].keys() == {"ap", "ap_nms"}
+    before = results.read_text()
+    assert evidence.main(texts) == 0
+    assert results.read_text() == before
+
+
+def line(variant: str, seed: int, ap: float, ap_nms: float) -> dict[str, Any]:
+    run = Run("bccd", "final", variant, seed)
+    keys = ("ap50", "ap_small", "ap_medium", "ap_large")
+    return {
+        "run": run.key, "data": "bccd", "split": "final", "variant": variant, "seed": seed, "options": run.options,
+        "scores": {"ap": ap, "ap_nms": ap_nms, "duplicates": 2.0, **dict.fromkeys(keys, 0.5)},
+        "cpu_seconds": 90.0,
+        "scores_on_training_images": {"ap": 0.5, "ap_nms": 0.75} if variant == "one-to-many" else None,
+    }  # fmt: skip
+
+
+def test_tables_and_plots_say_what_the_lines_say(tmp_path):
+    lines = [line("one-to-many", s, 0.2, 0.3 + s / 100) for s in range(3)]
+    lines += [line("cross-head", s, 0.33 + s / 100, 0.34) for s in range(3)]
+    results, document = tmp_path / "runs.jsonl", tmp_path / "results.md"
+    results.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    names = ("table: bccd final", "gains: bccd,pcb final", "memory: bccd final")
+    document.write_text("before\n" + "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names) + "after\n")
+    arguments = ["--results", results, "--document", document, "--images", tmp_path]
+    evidence_tables.main([str(argument) for argument in arguments])
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| one-to-many | 30 | 20.0 ± 0.0 | 31.0 ± 1.0 | 50.0 ± 0.0" in text
+    assert "| cross-head | 30 + 30 | **34.0 ± 1.0** | 34.0 ± 0.0 |" in text
+    assert "| cross-head | +3.0 ± 0.0 | **+3.0** |" in text  # seed by seed
+    assert "| bccd | one-to-many | 75.0 ± 0.0 | 31.0 ± 1.0 |" in text
+    assert Path(tmp_path / "results-bccd.png").stat().st_size > 5000
+    evidence_tables.main([str(argument) for argument in arguments])
+    assert document.read_text() == text
