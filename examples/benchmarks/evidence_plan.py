@@ -196,13 +196,14 @@ STUDIES = {
     "main": (
         "one-to-many",
         "one-to-one",
+        "cross-head",
+        "one-to-one-inherit",
+        "cross-head-inherit-decay",
+        "one-to-many-2x",
+        "one-to-one-2x",
         "auxiliary-head",
         "feature-imitation",
         "own-head-imitation",
-        "cross-head",
-        "one-to-many-2x",
-        "one-to-one-inherit",
-        "cross-head-inherit",
     ),
 }
 

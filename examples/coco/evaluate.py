@@ -167,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-path", type=Path, default=Path("data/demo"), help="COCO folder")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="images to score")
     parser.add_argument("--annotations", default=None, help="file in annotations/ instead of the usual one")
+    parser.add_argument("--class-score", action="store_true", help="rank a one-to-many detector by class alone")
     parser.add_argument("--limit", type=int, default=None, help="images to score")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         index = read_coco(*locate_split(options.data_path, options.split, options.annotations))
         model.to(options.device)
         result = evaluate(
-            Arm(model, adapt(model), one_to_many=spec.one_to_many),
+            Arm(model, adapt(model), one_to_many=spec.one_to_many and not options.class_score),
             index,
             label_to_category=spec.label_to_category,
             limit=options.limit,
