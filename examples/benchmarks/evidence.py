@@ -129,7 +129,7 @@ class Bench:
             "run": run.key,
             **asdict(run),
             "options": run.options,
-            "scores": summary["scores"],
+            "scores": _rounded(summary["scores"]),
             # Of a resumed run only the last part is known.
             "cpu_seconds": None if resume else round(seconds, 1),
             "memory_mb": round(memory, 1),
@@ -158,7 +158,7 @@ class Bench:
         )
         scores: dict[str, float] | None = None
         if code == 0:
-            scores = json.loads(output.read_text(encoding="utf-8"))["scores"]
+            scores = _rounded(json.loads(output.read_text(encoding="utf-8"))["scores"])
         return scores
 
     def _flags(self, options: dict[str, Option]) -> list[str]:
@@ -207,6 +207,10 @@ def _hold_out(source: Path, folder: Path) -> None:
             name = path.name.replace("train", split)
             (temporary / "annotations" / name).write_text(json.dumps(part), encoding="utf-8")
     temporary.replace(folder)
+
+
+def _rounded(scores: dict[str, float | None]) -> dict[str, Any]:
+    return {name: value if value is None else round(value, 5) for name, value in scores.items()}
 
 
 def _call(command: list[str], log: Path) -> tuple[int, float, float]:

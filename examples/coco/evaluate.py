@@ -1,6 +1,7 @@
 """Score a detector by COCO's protocol, without and with NMS, and count its duplicates.
 
 python examples/coco/evaluate.py --run runs/demo/student --data-path data/demo
+python examples/coco/evaluate.py --detector python:my_detector.py:trained --data-path coco
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from coco_data import CocoDataset, collate
 from coco_metrics import CocoScores, coco_evaluate, coco_results
 from coco_reader import CocoIndex, locate_split, read_coco
 from runs import load_model, write_json
+from teachers import python_detector
 from torch.utils.data import DataLoader, Subset
 
 from crosskd_assign import Detection, Target, adapt
@@ -57,6 +59,7 @@ def detect(
     batch_size: int = 16,
     workers: int = 0,
     precision: torch.dtype = torch.float32,
+    nms_threshold: float = NMS_THRESHOLD,
 ) -> tuple[list[Detection], list[Detection], list[Target]]:
     """Detections without NMS, with NMS, and the targets of the first ``limit`` images, on the CPU."""
     subset = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
@@ -78,7 +81,7 @@ def detect(
     for images, batch_targets in loader:
         with torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext():
             predictions, batch = arm.predict([image.to(device) for image in images])
-        for kept, threshold in ((plain, None), (suppressed, NMS_THRESHOLD)):
+        for kept, threshold in ((plain, None), (suppressed, nms_threshold)):
             for detection in one_to_many_detections(arm.adapter, predictions, batch, nms_threshold=threshold):
                 kept.append(on_cpu(detection))
         targets += batch_targets
@@ -96,6 +99,7 @@ def evaluate(
     batch_size: int = 16,
     workers: int = 0,
     precision: torch.dtype = torch.float32,
+    nms_threshold: float = NMS_THRESHOLD,
 ) -> Evaluation:
     """Score a detector on an index.
 
@@ -107,9 +111,16 @@ def evaluate(
         batch_size: Images at a time.
         workers: Loader processes.
         precision: Autocast dtype.
+        nms_threshold: IoU above which NMS drops the weaker box of a class.
     """
     plain, suppressed, targets = detect(
-        arm, CocoDataset(index), limit=limit, batch_size=batch_size, workers=workers, precision=precision
+        arm,
+        CocoDataset(index),
+        limit=limit,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        nms_threshold=nms_threshold,
     )
     categories = dict(index.label_to_category if label_to_category is None else label_to_category)
     ids = [int(target["image_id"]) for target in targets]
@@ -160,10 +171,23 @@ def table(rows: Sequence[tuple[str, CocoScores, DuplicateReport]]) -> str:
     return "\n".join(lines).replace("   nan", "     –")
 
 
+def _loaded(options: argparse.Namespace) -> tuple[Arm, dict[int, int], Any]:
+    """A run's detector or a user's own, the COCO category of each of its labels, and what it is."""
+    if options.run is None:
+        own, categories = python_detector(options.detector)
+        return Arm(own.to(options.device), own, one_to_many=not options.class_score), categories, options.detector
+    model, spec = load_model(options.run)
+    model.to(options.device)
+    ranked = spec.one_to_many and not options.class_score
+    return Arm(model, adapt(model), one_to_many=ranked), spec.label_to_category, asdict(spec)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="folder of a finished run")
+    which.add_argument("--detector", help="python:FILE:FUNCTION, one-to-many detector of your own")
     parser.add_argument("--data-path", type=Path, default=Path("data/demo"), help="COCO folder")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="images to score")
     parser.add_argument("--annotations", default=None, help="file in annotations/ instead of the usual one")
@@ -172,19 +196,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    parser.add_argument("--nms-threshold", type=float, default=NMS_THRESHOLD, help="IoU of NMS")
     parser.add_argument("--output", type=Path, default=None, help="JSON file for the numbers")
     options = parser.parse_args(arguments)
     try:
-        model, spec = load_model(options.run)
+        arm, categories, described = _loaded(options)
         index = read_coco(*locate_split(options.data_path, options.split, options.annotations))
-        model.to(options.device)
         result = evaluate(
-            Arm(model, adapt(model), one_to_many=spec.one_to_many and not options.class_score),
+            arm,
             index,
-            label_to_category=spec.label_to_category,
+            label_to_category=categories,
             limit=options.limit,
             batch_size=options.batch_size,
             workers=options.workers,
+            nms_threshold=options.nms_threshold,
         )
     except ValueError as error:  # everything that is the user's to mend
         print(f"error: {error}", file=sys.stderr)
@@ -192,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(index.report)
     print(table([("without NMS", result.plain, result.duplicates), ("with NMS", result.nms, result.duplicates_nms)]))
     if options.output is not None:
-        write_json(options.output, {"spec": asdict(spec), "scores": result.as_dict()})
+        write_json(options.output, {"spec": described, "scores": result.as_dict()})
         print(json.dumps({"written": str(options.output)}))
     return 0
 

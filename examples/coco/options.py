@@ -48,7 +48,9 @@ class Options:
     head_convs: int = _option(0, "of each branch of FCOS's head; 0: 4, or 2 on the small backbone")
     size: int = _option(128, "longer side of the images, in pixels")
 
-    teacher: str = _option("", "run folder of a one-to-many detector, or torchvision:NAME for its COCO weights")
+    teacher: str = _option(
+        "", "a run's folder, torchvision:NAME for its COCO weights, or your own python:FILE:FUNCTION"
+    )
     inherit: bool = _option(False, "start with what fits of the teacher's backbone and neck")
     teacher_floor: float = _option(0.01, "refuse a teacher whose AP on validation images is below this")
     auxiliary_head: bool = _option(False, "train a second, one-to-many head beside the student's (DATE, YOLOv10)")

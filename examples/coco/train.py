@@ -20,7 +20,7 @@ from coco_data import CocoDataset
 from coco_reader import CocoIndex, locate_split, read_coco
 from evaluate import Evaluation, evaluate, table
 from logbook import Logbook
-from models import build_detector, torchvision_detector
+from models import build_detector
 from options import Options, parse_options
 from pictures import draw_predictions
 from processes import Interrupted, Ranks, processes
@@ -31,12 +31,12 @@ from runs import (
     check_folder,
     environment,
     load_checkpoint,
-    load_model,
     read_json,
     save_model,
     write_json,
 )
 from scenes import write_scenes
+from teachers import TeacherInTraining, load_teacher
 from torch import nn
 from training import DeadLossError, NonFiniteLossError, Training
 
@@ -152,11 +152,11 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
     teacher: nn.Module | None = None
     teacher_arm: Arm | None = None
     if options.teacher and (needs_teacher(options.arm) or options.inherit):  # type: ignore[arg-type]
-        teacher, labels = _teacher(options)
+        teacher, labels = load_teacher(options.teacher, size=options.size)
         teacher.to(ranks.device)
         teacher_arm = Arm(teacher, adapt(teacher), one_to_many=True)
         if ranks.first and not options.resume:
-            _preflight(teacher_arm, val, labels, options)
+            _preflight(TeacherInTraining(adapt(teacher), adapt(student).eval()), val, labels, options)
         if options.inherit:
             report = inherit(student, teacher)
             if ranks.first:
@@ -183,21 +183,7 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
     return arm, spec, teacher_arm
 
 
-def _teacher(options: Options) -> tuple[nn.Module, dict[int, int]]:
-    """The teacher and the COCO category of each of its labels."""
-    kind, _, name = options.teacher.partition(":")
-    if kind == "torchvision" and name:
-        return torchvision_detector(name, size=options.size), {category: category for category in range(1, 91)}
-    model, spec = load_model(Path(options.teacher))
-    if not spec.one_to_many:
-        raise RunError(
-            f"Expected a one-to-many teacher, but got a one-to-one detector ({options.teacher}). Fix: train it with "
-            "--arm one-to-many."
-        )
-    return model, spec.label_to_category
-
-
-def _preflight(teacher: Arm, val: CocoIndex, labels: dict[int, int], options: Options) -> None:
+def _preflight(teacher: TeacherInTraining, val: CocoIndex, labels: dict[int, int], options: Options) -> None:
     """Refuse a teacher that detects nothing: wrong weights, labels or normalisation would waste the whole run."""
     scores = evaluate(teacher, val, label_to_category=labels, limit=PREFLIGHT_IMAGES, batch_size=options.batch_size)
     print(f"teacher on {scores.images} validation images: AP {100 * scores.nms.ap:.1f} with NMS", file=sys.stderr)

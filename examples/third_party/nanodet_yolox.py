@@ -1,0 +1,122 @@
+"""NanoDet-m and YOLOX-nano with their COCO weights, as one-to-many teachers.
+
+Both networks come from one foreign file, ``coco_detectors.py``, a plain PyTorch transcription that lies beside its
+weights ``nanodet_m_coco.pth`` and ``yolox_nano_coco.pth`` in the folder named by ``COCO_DETECTORS``. None of it is part
+of this project: nothing is copied, the adapters call what is there. The originals are Apache-2.0
+(github.com/RangiLyu/nanodet, github.com/Megvii-BaseDetection/YOLOX); their weights were trained on COCO train2017.
+
+As a teacher of `examples/coco/train.py`::
+
+    COCO_DETECTORS=weights python examples/coco/train.py --arm cross-head --data-path coco --output runs/student
+        --teacher python:examples/third_party/nanodet_yolox.py:nanodet_m
+
+Label c is class channel c; the detectors have 80 of them and no background.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from shared import ResizingAdapter, boxes_from_sides, mean_of_bins, points_and_strides
+from torch import Tensor, nn
+
+from crosskd_assign import Batch, DensePredictions, DetectorAdapter, GridLevel
+
+__all__ = ["NanoDetAdapter", "YOLOXAdapter", "nanodet_m", "yolox_nano"]
+
+STRIDES = (8, 16, 32)
+NORMALISATION = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}  # torchvision's
+
+# COCO numbers its 80 classes from 1 to 90; these numbers it never used.
+_UNUSED = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+COCO_CATEGORIES = dict(enumerate(category for category in range(1, 91) if category not in _UNUSED))
+
+
+class NanoDetAdapter(ResizingAdapter):
+    """Three levels of 96 channels; class logits and, for each side of the box, a distribution over 0…7 strides."""
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """The pyramid, which the network computes in the middle of its ``forward``: down from coarse, then up again."""
+        maps = self.model.backbone(self.normalize(batch))
+        down = [lateral(x) for lateral, x in zip(self.model.lateral, maps, strict=True)]
+        for i in (1, 0):
+            down[i] = down[i] + _like(down[i + 1], down[i])
+        up = down[:1]
+        for x in down[1:]:
+            up.append(x + _like(up[-1], x))
+        return up
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        """Towers and outputs of each level; a distance is the mean of its distribution."""
+        branches = zip(self.model.cls_convs, self.model.gfl, features, strict=True)
+        out = torch.cat([output(tower(x)).flatten(2) for tower, output, x in branches], dim=2)  # (N, 80 + 4 · 8, A)
+        logits, bins = out[:, : self.model.nc].transpose(1, 2), out[:, self.model.nc :]
+        bins = bins.reshape(len(bins), 4, -1, bins.shape[2]).permute(0, 3, 1, 2)  # (N, A, 4, 8)
+        levels = [GridLevel.of(x, stride) for x, stride in zip(features, STRIDES, strict=True)]
+        points, strides = points_and_strides(levels, out.device)
+        boxes = boxes_from_sides(points, mean_of_bins(bins) * strides)
+        return DensePredictions.on_grid(logits, boxes, levels, distribution=bins)
+
+
+class YOLOXAdapter(ResizingAdapter):
+    """Three levels of 64, 128 and 256 channels; its score is class · objectness, here as one logit of the product."""
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """The pyramid; this network has a method for it."""
+        maps: list[Tensor] = self.model.features(self.normalize(batch))
+        return maps
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        """Stem and two towers a level; boxes are a shift of the cell's corner and the logarithm of their size."""
+        logits, codes = [], []
+        for i, feature in enumerate(features):
+            x = self.model.hs[i](feature)
+            classes, boxes = self.model.cc[i](x), self.model.rc[i](x)
+            logits.append(_product_logit(self.model.cp[i](classes), self.model.op[i](boxes)).flatten(2).transpose(1, 2))
+            codes.append(self.model.rp[i](boxes).flatten(2).transpose(1, 2))
+        levels = [GridLevel.of(x, stride) for x, stride in zip(features, STRIDES, strict=True)]
+        points, strides = points_and_strides(levels, features[0].device)
+        code = torch.cat(codes, dim=1).float()  # (N, A, 4)
+        centre = points + (code[..., :2] - 0.5) * strides  # points are the middles of cells, shifts count from corners
+        half = code[..., 2:].exp() * strides / 2
+        boxes = torch.cat([centre - half, centre + half], dim=-1)
+        return DensePredictions.on_grid(torch.cat(logits, dim=1), boxes, levels)
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    return F.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _product_logit(a: Tensor, b: Tensor) -> Tensor:
+    """The logit of σ(a) · σ(b): the odds against it are e⁻ᵃ + e⁻ᵇ + e⁻ᵃ⁻ᵇ."""
+    return -torch.logaddexp(torch.logaddexp(-a, -b), -a - b)
+
+
+def nanodet_m(size: int = 320) -> tuple[DetectorAdapter, dict[int, int]]:
+    """NanoDet-m with its COCO weights, and the COCO category of each of its labels."""
+    return NanoDetAdapter(_network("NanoDetM", "nanodet_m_coco.pth"), size=size, **NORMALISATION), COCO_CATEGORIES
+
+
+def yolox_nano(size: int = 416) -> tuple[DetectorAdapter, dict[int, int]]:
+    """YOLOX-nano with its COCO weights, and the COCO category of each of its labels."""
+    return YOLOXAdapter(_network("YOLOXNano", "yolox_nano_coco.pth"), size=size, **NORMALISATION), COCO_CATEGORIES
+
+
+def _network(name: str, weights: str) -> nn.Module:
+    """A network of ``coco_detectors.py`` with its weights."""
+    folder = Path(os.environ.get("COCO_DETECTORS", "."))
+    spec = importlib.util.spec_from_file_location("coco_detectors", folder / "coco_detectors.py")
+    if spec is None or spec.loader is None or not (folder / weights).is_file():
+        raise FileNotFoundError(
+            f"Expected coco_detectors.py and {weights}, but got none ({folder}). Fix: name their folder in the "
+            "environment variable COCO_DETECTORS."
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    network: nn.Module = getattr(module, name)()
+    network.load_state_dict(torch.load(folder / weights, weights_only=True))
+    return network
