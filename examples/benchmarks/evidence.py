@@ -25,13 +25,13 @@ from typing import Any
 
 from evidence_plan import SETS, STUDIES, VARIANTS, Option, Run, planned
 
-HERE = Path(__file__).resolve().parent
-SCRIPTS = HERE.parent / "coco"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "examples" / "coco"
 sys.path.insert(0, str(SCRIPTS))
 
 from scenes import write_scenes  # noqa: E402  # found by the path above
 
-RESULTS = HERE.parents[1] / "docs" / "results" / "runs.jsonl"
+RESULTS = ROOT / "docs" / "results" / "runs.jsonl"
 HELD_OUT = 0.25  # of the training images, for choosing
 
 
@@ -119,7 +119,7 @@ class Bench:
         if run.teacher is not None:
             command += ["--teacher", str(self.work / run.teacher.key)]
         begun = time.time()
-        code, seconds, memory = _call(command + (["--resume"] if resume else []), folder.with_suffix(".log"))
+        code, seconds, memory = self._call(command + (["--resume"] if resume else []), folder.with_suffix(".log"))
         print(f"{run.key}: exit {code} after {time.time() - begun:.0f} s", flush=True)
         if code != 0:
             print(folder.with_suffix(".log").read_text(encoding="utf-8")[-2000:], flush=True)
@@ -153,13 +153,23 @@ class Bench:
         command = [str(SCRIPTS / "evaluate.py"), "--run", str(folder), "--data-path", str(self._data(run)), *flags]
         command += ["--split", split, "--output", str(output)]
         annotations = run.options.get(f"{split}_annotations")
-        code, _, _ = _call(
+        code, _, _ = self._call(
             command + (["--annotations", str(annotations)] if annotations else []), output.with_suffix(".log")
         )
         scores: dict[str, float] | None = None
         if code == 0:
             scores = _rounded(json.loads(output.read_text(encoding="utf-8"))["scores"])
         return scores
+
+    def _call(self, command: list[str], log: Path) -> tuple[int, float, float]:
+        """Run a script on one thread; its exit code, processor seconds and peak memory in MiB."""
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        environment = {**os.environ, **threads, "COCO_DETECTORS": str(self.data_root / "weights")}
+        with log.open("a", encoding="utf-8") as file:
+            process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=ROOT)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # or Popen would wait for it, too
+        return process.returncode, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
     def _flags(self, options: dict[str, Option]) -> list[str]:
         flags: list[str] = []
@@ -211,16 +221,6 @@ def _hold_out(source: Path, folder: Path) -> None:
 
 def _rounded(scores: dict[str, float | None]) -> dict[str, Any]:
     return {name: value if value is None else round(value, 5) for name, value in scores.items()}
-
-
-def _call(command: list[str], log: Path) -> tuple[int, float, float]:
-    """Run a script on one thread; its exit code, processor seconds and peak memory in MiB."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen would wait for it, too
-    return process.returncode, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -92,10 +92,10 @@ SETS = {
     "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}),
     "highway": Protocol(25, {**_SMALL, "size": 192}),
     "coco_person": Protocol(
-        15,
+        12,
         {
             **_SMALL,
-            "size": 224,
+            "size": 256,
             "backbone": "mobilenet_v2",
             "channels": 96,
             "head_convs": 2,
@@ -108,6 +108,7 @@ SETS = {
 
 _CROSS: dict[str, Option] = {"arm": "cross-head"}
 _TEACHER = "one-to-many"
+_NANODET, _YOLOX = (f"python:examples/third_party/nanodet_yolox.py:{name}" for name in ("nanodet_m", "yolox_nano"))
 VARIANTS = {
     # --- without a teacher
     "one-to-many": Variant("one-to-many", {"arm": "one-to-many"}),
@@ -138,6 +139,16 @@ VARIANTS = {
     ),
     "feature-imitation-large": Variant(
         "feature imitation (PKD), larger teacher", {"arm": "feature-imitation"}, "one-to-many-large"
+    ),
+    # --- a COCO-trained teacher of another family, for the sets whose classes are COCO's
+    "cross-head-nanodet": Variant("cross-head, teacher NanoDet-m", {**_CROSS, "teacher": _NANODET}),
+    "cross-head-yolox": Variant("cross-head, teacher YOLOX-nano", {**_CROSS, "teacher": _YOLOX}),
+    "feature-imitation-nanodet": Variant(
+        "feature imitation (PKD), teacher NanoDet-m", {"arm": "feature-imitation", "teacher": _NANODET}
+    ),
+    "weighted-imitation-nanodet": Variant(
+        "feature imitation (weighted L2), teacher NanoDet-m",
+        {"arm": "weighted-imitation", "imitation": 6.0, "teacher": _NANODET},
     ),
     # --- peers that have a teacher
     "one-to-one-inherit": Variant("one-to-one, inheriting", {"arm": "one-to-one", "inherit": True}, _TEACHER),
@@ -176,6 +187,13 @@ VARIANTS = {
     ),
 }
 STUDIES = {
+    "foreign": (
+        "one-to-many",
+        "one-to-one",
+        "cross-head-nanodet",
+        "feature-imitation-nanodet",
+        "cross-head-yolox",
+    ),
     "screen": (
         "one-to-many",
         "one-to-one",

@@ -108,17 +108,19 @@ def _decode(record: ImageRecord) -> Tensor:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # colour jitter is 4 times slower on a view
 
 
-def augmentation(size: int, level: Level) -> v2.Transform:
+def augmentation(size: int, level: Level, short_side: int = 0) -> v2.Transform:
     """A transform of (image, target) whose pictures have no side longer than ``size`` pixels.
 
     ``"none"`` makes the longer side that long. ``"flip"`` also mirrors half of the images. ``"crop"`` instead scales
     that by 0.5 to 1.5 and takes a random square, grey where the image ends. ``"full"`` scales by 0.3 to 2 and changes
     colours as well; it goes well with ``CocoDataset(mosaic=0.5)``. Boxes are clipped to the picture; those thinner
-    than 2 pixels go, together with their labels.
+    than 2 pixels go, together with their labels. With ``short_side``, images of the first two levels become as large
+    as they can with no shorter side above it.
     """
     steps: list[v2.Transform] = [] if level == "none" else [v2.RandomHorizontalFlip()]
     if level in ("none", "flip"):
-        steps.append(v2.Resize(size=None, max_size=size))  # leaves an image of that size alone
+        # Leaves an image of that size alone.
+        steps.append(v2.Resize(size=[short_side] if short_side else None, max_size=size))
     else:
         scales = (0.5, 1.5) if level == "crop" else (0.3, 2.0)
         steps.append(v2.ScaleJitter((size, size), scales))

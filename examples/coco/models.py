@@ -88,6 +88,7 @@ def build_detector(
     num_classes: int,
     *,
     size: int,
+    short_side: int = 0,
     backbone_weights: str | None = None,
     trainable_stages: int | None = None,
     channels: int | None = None,
@@ -100,6 +101,7 @@ def build_detector(
         backbone: "small" or the name of a torchvision network.
         num_classes: Classes, background included.
         size: Longer side of the images in pixels; the detector resizes to it.
+        short_side: What their shorter side must not exceed, as COCO's 800 with a size of 1333; 0 for no such bound.
         backbone_weights: "imagenet" for torchvision's weights, the path of a state dict, or None for none.
         trainable_stages: Backbone stages to train, of five and from the last; None trains 3 of a pre-trained backbone
             (torchvision's default) and all of a fresh one.
@@ -134,7 +136,7 @@ def build_detector(
     else:
         trunk = _torchvision_trunk(backbone, backbone_weights, trainable_stages, channels)
         strides = (8, 16, 32, 64, 128)
-    options = {"min_size": size, "max_size": size}
+    options = {"min_size": short_side or size, "max_size": size}
     detector: nn.Module
     if architecture == "fcos":
         anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
@@ -251,14 +253,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def torchvision_detector(name: str, *, size: int) -> nn.Module:
+def torchvision_detector(name: str, *, size: int, short_side: int = 0) -> nn.Module:
     """A COCO-trained detector of torchvision, e.g. "fcos_resnet50_fpn"; its labels are COCO's category ids.
 
     Raises:
         ModelError: The weights cannot be had.
     """
     try:
-        detector: nn.Module = get_model(name, weights="DEFAULT", min_size=size, max_size=size)
+        detector: nn.Module = get_model(name, weights="DEFAULT", min_size=short_side or size, max_size=size)
     except (ValueError, OSError) as error:
         raise ModelError(
             f"Expected a detector of torchvision with COCO weights, but got none ({name}): {error}. Fix: choose one of "

@@ -47,6 +47,7 @@ class Options:
     channels: int = _option(0, "of pyramid and head; 0: 256, or 64 on the small backbone")
     head_convs: int = _option(0, "of each branch of FCOS's head; 0: 4, or 2 on the small backbone")
     size: int = _option(128, "longer side of the images, in pixels")
+    short_side: int = _option(0, "what the shorter side must not exceed: 800 with --size 1333 is COCO's usual; 0: none")
 
     teacher: str = _option(
         "", "a run's folder, torchvision:NAME for its COCO weights, or your own python:FILE:FUNCTION"
@@ -117,6 +118,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         parser.error(f"expected --seed of at least 0, but got {options.seed}")
     if options.detach and not options.auxiliary_head:
         parser.error("expected --auxiliary-head for --detach, but got none")
+    if options.short_side and options.augmentation not in ("none", "flip"):
+        parser.error("expected --augmentation none or flip with --short-side: the others make squares of --size")
     if options.inherit and not options.teacher:
         parser.error("expected a --teacher for --inherit, but got none")
     if not Path(options.data_path).exists() and options.data != "demo":

@@ -55,6 +55,7 @@ class ModelSpec:
         head_convs: Of each branch of FCOS's head; 0 for the usual.
         one_to_many: Whether it needs NMS.
         categories: COCO category id and name of the labels 1, 2, ….
+        short_side: What the shorter side of its images must not exceed; 0 for no such bound.
     """
 
     architecture: str
@@ -64,6 +65,7 @@ class ModelSpec:
     head_convs: int
     one_to_many: bool
     categories: tuple[tuple[int, str], ...]
+    short_side: int = 0
 
     @property
     def label_to_category(self) -> dict[int, int]:
@@ -192,6 +194,7 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
         spec.backbone,  # type: ignore[arg-type]  # checked there
         len(spec.categories) + 1,
         size=spec.size,
+        short_side=spec.short_side,
         channels=spec.channels,
         head_convs=spec.head_convs,
     )

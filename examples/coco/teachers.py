@@ -19,12 +19,13 @@ from crosskd_assign import Batch, DensePredictions, DetectorAdapter, adapt
 __all__ = ["TeacherInTraining", "load_teacher", "python_detector"]
 
 
-def load_teacher(reference: str, *, size: int) -> tuple[nn.Module, dict[int, int]]:
+def load_teacher(reference: str, *, size: int, short_side: int = 0) -> tuple[nn.Module, dict[int, int]]:
     """A one-to-many teacher and the COCO category of each of its labels.
 
     Args:
         reference: Folder of a finished run, "torchvision:NAME" or "python:FILE:FUNCTION".
         size: Longer side of the images, for torchvision's.
+        short_side: What their shorter side must not exceed; 0 for no such bound.
 
     Raises:
         RunError: The run is not finished or not one-to-many, or the Python file does not give a detector.
@@ -32,7 +33,8 @@ def load_teacher(reference: str, *, size: int) -> tuple[nn.Module, dict[int, int
     """
     kind, _, name = reference.partition(":")
     if kind == "torchvision" and name:
-        return torchvision_detector(name, size=size), {category: category for category in range(1, 91)}
+        detector = torchvision_detector(name, size=size, short_side=short_side)
+        return detector, {category: category for category in range(1, 91)}
     if kind == "python" and name:
         return python_detector(reference)
     model, spec = load_model(Path(reference))

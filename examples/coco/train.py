@@ -133,6 +133,7 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
         options.backbone,  # type: ignore[arg-type]  # checked by argparse
         train.num_classes,
         size=options.size,
+        short_side=options.short_side,
         backbone_weights=options.backbone_weights or None,
         trainable_stages=None if options.trainable_stages < 0 else options.trainable_stages,
         channels=options.channels,
@@ -148,11 +149,12 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
         options.head_convs,
         one_to_many,
         categories,
+        options.short_side,
     )
     teacher: nn.Module | None = None
     teacher_arm: Arm | None = None
     if options.teacher and (needs_teacher(options.arm) or options.inherit):  # type: ignore[arg-type]
-        teacher, labels = load_teacher(options.teacher, size=options.size)
+        teacher, labels = load_teacher(options.teacher, size=options.size, short_side=options.short_side)
         teacher.to(ranks.device)
         teacher_arm = Arm(teacher, adapt(teacher), one_to_many=True)
         if ranks.first and not options.resume:

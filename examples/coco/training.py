@@ -49,7 +49,7 @@ class Training:
         self.options, self.folder, self.arm, self.ranks = options, folder, arm, ranks
         self.dataset = CocoDataset(
             index,
-            augmentation(options.size, options.augmentation),  # type: ignore[arg-type]  # checked by argparse
+            augmentation(options.size, options.augmentation, options.short_side),  # type: ignore[arg-type]  # checked by argparse
             seed=options.seed,
             cache=options.cache,
             mosaic=options.mosaic,

@@ -14,10 +14,13 @@ import pytest
 import torch
 from coco_data import CocoDataset, Level, ResumableSampler, augmentation, collate
 from coco_reader import CocoIndex, DatasetError, locate_split, read_coco
+from models import build_detector
 from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from crosskd_assign import adapt
 
 LEVELS = ("none", "flip", "crop", "full")
 REAL_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -391,6 +394,17 @@ class TestAugmentation:
     )
     def test_size_is_the_longer_side(self, index, level, shape):
         assert CocoDataset(index, augmentation(80, level))[0][0].shape == shape
+
+    @pytest.mark.parametrize(
+        ("size", "short_side", "shape"), [(80, 60, (3, 60, 80)), (80, 45, (3, 45, 60)), (80, 70, (3, 60, 80))]
+    )
+    def test_neither_side_exceeds_its_bound(self, index, size, short_side, shape):
+        pixels, target = CocoDataset(index, augmentation(size, "flip", short_side))[0]
+        assert pixels.shape == shape
+        model = build_detector("fcos", "small", 3, size=size, short_side=short_side)
+        batch, [moved] = adapt(model).preprocess([pixels], [target])
+        assert batch.sizes == (shape[1:],)  # the detector has nothing left to resize
+        assert torch.equal(moved["boxes"], target["boxes"])
 
     def test_an_image_of_the_right_size_is_not_resampled(self, index):
         dataset, original = CocoDataset(index, augmentation(160, "flip")), CocoDataset(index)[4][0]
