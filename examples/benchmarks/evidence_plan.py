@@ -92,7 +92,7 @@ SETS = {
     "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}),
     "highway": Protocol(25, {**_SMALL, "size": 192}),
     "coco_person": Protocol(
-        12,
+        8,
         {
             **_SMALL,
             "size": 256,
