@@ -38,7 +38,7 @@ FLOORS = [
     {"assigner", "alignment"},
     {"detectors"},
     {"end_to_end"},
-    {"inheritance"},
+    {"inheritance", "crossing"},
     {"distiller"},
     {"diagnostics", "export"},
     {"__init__"},

@@ -90,6 +90,7 @@ def build_arm(
     quality_weight: float = 0.0,
     imitation_weight: float = 1.0,
     alignment: Literal["statistics", "none"] = "statistics",
+    entry: int = 0,
 ) -> Arm:
     """Build an arm around a torchvision detector.
 
@@ -103,6 +104,7 @@ def build_arm(
         quality_weight: Of the distillation's quality term.
         imitation_weight: Of feature imitation.
         alignment: Of the student's features to the teacher's.
+        entry: Convolutions of the student's head that run before it enters the teacher's (cross-head).
 
     Raises:
         ValueError: The arm needs a teacher and has none.
@@ -125,6 +127,7 @@ def build_arm(
             box_weight=box_weight,
             quality_weight=quality_weight,
             alignment=alignment,
+            entry=entry,
         )
     elif name == "feature-imitation":
         distiller = FeatureImitation(detector, teacher, alignment="none")

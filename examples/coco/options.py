@@ -57,6 +57,7 @@ class Options:
     distill_quality: float = _option(0.0, "weight of the distillation's quality term")
     imitation: float = _option(1.0, "weight of feature imitation")
     alignment: str = _option("statistics", "of student features to the teacher's", ("statistics", "none"))
+    entry: int = _option(0, "convolutions of the student's head that run before it enters the teacher's (cross-head)")
 
     epochs: int = _option(12, "passes over the training images")
     batch_size: int = _option(16, "images of one step on one process")

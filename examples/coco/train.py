@@ -173,6 +173,7 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
         quality_weight=options.distill_quality,
         imitation_weight=options.imitation,
         alignment=options.alignment,  # type: ignore[arg-type]  # checked by argparse
+        entry=options.entry,
     ).to(ranks.device)
     if options.channels_last:
         arm.to(memory_format=torch.channels_last)

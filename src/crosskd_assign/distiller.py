@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -12,7 +11,8 @@ from typing_extensions import Self
 
 from . import functional
 from .alignment import Alignment, FeatureAligner
-from .detectors import DetectorAdapter, PyramidLevel, adapt
+from .crossing import Crossing, Entrance, check_branches, cross_levels, missing_branch
+from .detectors import DetectorAdapter, adapt
 from .end_to_end import EndToEndDetector
 from .errors import IncompatibleDetectorsError, MissingTeacherError, problem
 from .structures import Batch, DensePredictions, Detection, Target
@@ -46,9 +46,14 @@ class CrossHeadDistiller(nn.Module):
         gamma: Exponent of the classification loss, 0 or at least 1.
         confidence_threshold: Teacher confidence from which a point counts in the normaliser, 0…1.
         alignment: "statistics" or "none"; see `FeatureAligner`.
+        entry: Where the student enters the teacher's head. 0, the default: with its feature pyramid, which works for
+            any two heads and leaves the student's own alone. k: behind the first k convolutions of its own head, which
+            then learn from the teacher, too; for heads that can be split (`DetectorAdapter.max_entry`) and have
+            branches of the same names.
 
     Raises:
-        IncompatibleDetectorsError: The two share no level, are one and the same, or share parameters.
+        IncompatibleDetectorsError: The two share no level, are one and the same, or share parameters; a head cannot be
+            split at ``entry``; a weighted term needs a branch that the teacher's head has not.
 
     Attributes:
         detector: The student as an `EndToEndDetector`: the thing to deploy.
@@ -68,6 +73,7 @@ class CrossHeadDistiller(nn.Module):
         gamma: float = 1.0,
         confidence_threshold: float = 0.05,
         alignment: Alignment = "statistics",
+        entry: int = 0,
     ) -> None:
         super().__init__()
         check_option("classification_weight", classification_weight, low=0)
@@ -78,8 +84,16 @@ class CrossHeadDistiller(nn.Module):
         if gamma != 0:
             check_option("gamma", gamma, low=1)  # between 0 and 1 the gradient is infinite where both heads agree
         self.detector = student if isinstance(student, EndToEndDetector) else EndToEndDetector(student)
-        self._student_edits = self.detector.adapter.edits_features()
-        self._crossing: list[_Crossing] = []
+        self.classification_weight = classification_weight
+        self.box_weight = box_weight
+        self.quality_weight = quality_weight
+        self.distribution_weight = distribution_weight
+        self.gamma = gamma
+        self.confidence_threshold = confidence_threshold
+        self.distillation_weight = 1.0
+        adapter = self.detector.adapter
+        self._at_student = Entrance.of(adapter, entry, "student").tried(adapter)
+        self._crossing: list[Crossing] = []
         self._teacher: tuple[DetectorAdapter] | None = None
         self.attach_teacher(teacher)
         self.aligner = FeatureAligner(
@@ -88,13 +102,6 @@ class CrossHeadDistiller(nn.Module):
         parameter = next(self.detector.parameters(), None)
         if parameter is not None:
             self.aligner.to(device=parameter.device, dtype=parameter.dtype)
-        self.classification_weight = classification_weight
-        self.box_weight = box_weight
-        self.quality_weight = quality_weight
-        self.distribution_weight = distribution_weight
-        self.gamma = gamma
-        self.confidence_threshold = confidence_threshold
-        self.distillation_weight = 1.0
 
     # --- the teacher, present but not a part -------------------------------------------------------------------------
 
@@ -114,11 +121,12 @@ class CrossHeadDistiller(nn.Module):
         """Freeze ``teacher`` and distil from it; needed after copying or unpickling a distiller.
 
         Raises:
-            IncompatibleDetectorsError: It shares parameters with the student, or its pyramid differs from that of the
-                teacher this distiller was built for.
+            IncompatibleDetectorsError: It shares parameters with the student, its maps differ from those of the
+                teacher this distiller was built for, or its head lacks a branch that a weighted term needs.
         """
         adapter = adapt(teacher)
-        crossing = _crossing(self.detector.adapter.pyramid(), adapter.pyramid())
+        entrance = Entrance.of(adapter, self.entry, "teacher")
+        crossing = cross_levels(self._at_student, entrance)
         if self._crossing not in ([], crossing):
             fix = "attach the teacher it was built with, or build a new CrossHeadDistiller"
             raise IncompatibleDetectorsError(problem(f"levels {self._crossing}", f"{crossing}", "teacher", fix))
@@ -128,11 +136,16 @@ class CrossHeadDistiller(nn.Module):
             fix = "build teacher and student separately, e.g. with copy.deepcopy"
             got = f"{len(shared)} shared parameters, the first {shared[0]}"
             raise IncompatibleDetectorsError(problem("a teacher of its own", got, "teacher", fix))
-        self._crossing = crossing
-        self._teacher_edits = adapter.edits_features()
+        check_branches(adapter, {"quality": self.quality_weight, "distribution": self.distribution_weight})
+        self._crossing, self._at_teacher = crossing, entrance.tried(adapter)
         # In a tuple, nn.Module does not register it.
         self._teacher = (adapter.eval().requires_grad_(False),)
         return self
+
+    @property
+    def entry(self) -> int:
+        """How many convolutions of the student's head run before it enters the teacher's."""
+        return self._at_student.entry
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._teacher is not None:
@@ -178,10 +191,23 @@ class CrossHeadDistiller(nn.Module):
         check_targets(targets, images)
         student = self.detector.adapter
         batch, moved = student.preprocess(images, targets)
-        features = student.features(batch)
-        predictions = self.detector.predict(_guarded(features, self._student_edits), batch)
+        maps = self.entry_maps(student.features(batch))
+        predictions = self._at_student.predictions(student, maps, batch)
+        check_predictions(predictions, where=f"{type(student).__name__}.head()", images=len(batch.images))
         losses = self.detector.losses(predictions, moved or [])
-        return losses | self.distillation_losses(features, predictions, batch)
+        return losses | self.distillation_losses(maps, predictions, batch)
+
+    def entry_maps(self, features: list[Tensor]) -> list[Tensor]:
+        """What the student brings to the teacher's head: its pyramid, or the maps behind ``entry`` of its convolutions.
+
+        Args:
+            features: The student's pyramid.
+
+        Returns:
+            The pyramid itself, or a map for every level of every branch, all levels of one branch after those of
+            another.
+        """
+        return self._at_student.maps(self.detector.adapter, features)
 
     def distillation_losses(
         self, features: list[Tensor], predictions: DensePredictions, batch: Batch
@@ -189,7 +215,7 @@ class CrossHeadDistiller(nn.Module):
         """The weighted distillation losses; what a subclass overrides to distil in another way.
 
         Args:
-            features: The student's pyramid.
+            features: The student's `entry_maps`: its pyramid, unless ``entry`` was given.
             predictions: What the student's own head says on it; cross-head distillation leaves that head alone.
             batch: What the pyramid was made from.
         """
@@ -201,16 +227,15 @@ class CrossHeadDistiller(nn.Module):
         """What the teacher's head says on its own features, and what it says on the student's, with a graph.
 
         Args:
-            features: The student's pyramid.
-            batch: What it was made from.
+            features: The student's `entry_maps`.
+            batch: What they were made from.
         """
         with torch.no_grad():
-            teacher_features = self.teacher_features(batch)
-            on_teacher = self.teacher.head(_guarded(teacher_features, self._teacher_edits), batch)
+            maps = self._at_teacher.maps(self.teacher, self.teacher_features(batch))
+            on_teacher = self._at_teacher.predictions(self.teacher, maps, batch)
         where = f"teacher {type(self.teacher).__name__}.head()"
         check_predictions(on_teacher, where=where, images=len(batch.images))
-        crossed = _guarded(self.align(features, teacher_features), self._teacher_edits)
-        return on_teacher, self.teacher.head(crossed, batch)
+        return on_teacher, self._at_teacher.predictions(self.teacher, self.align(features, maps), batch)
 
     def teacher_features(self, batch: Batch) -> list[Tensor]:
         """The teacher's pyramid, without a graph."""
@@ -220,7 +245,7 @@ class CrossHeadDistiller(nn.Module):
             return self.teacher.features(batch)
 
     def align(self, features: list[Tensor], teacher_features: list[Tensor]) -> list[Tensor]:
-        """The student's pyramid in the form of the teacher's.
+        """The student's pyramid, or its maps at ``entry``, in the form of the teacher's.
 
         A level that the student lacks is filled with the teacher's own: predictions agree there, and no gradient comes
         from it.
@@ -273,39 +298,8 @@ class CrossHeadDistiller(nn.Module):
         return f"teacher={type(model).__name__} ({size / 1e6:.1f} M parameters, frozen)"
 
 
-@dataclass(frozen=True)
-class _Crossing:
-    """A level that both pyramids have: its indices and channels."""
-
-    student: int
-    teacher: int
-    student_channels: int
-    teacher_channels: int
-
-
-def _crossing(student: list[PyramidLevel], teacher: list[PyramidLevel]) -> list[_Crossing]:
-    """The levels of equal stride."""
-    by_stride = {level.stride: j for j, level in enumerate(teacher)}
-    crossing = [
-        _Crossing(i, by_stride[level.stride], level.channels, teacher[by_stride[level.stride]].channels)
-        for i, level in enumerate(student)
-        if level.stride in by_stride
-    ]
-    if not crossing:
-        got = f"student {[s.stride for s in student]} and teacher {[t.stride for t in teacher]}"
-        fix = "build both on pyramids that share at least one level"
-        raise IncompatibleDetectorsError(problem("a common stride in both pyramids", got, "feature levels", fix))
-    return crossing
-
-
-def _guarded(features: list[Tensor], edited: bool) -> list[Tensor]:
-    """Copies for a head that would edit maps which others still need."""
-    return [x.clone() for x in features] if edited else list(features)
-
-
 def _had(mine: Tensor | None, teacher: Tensor | None, branch: str) -> tuple[Tensor, Tensor]:
     """Both predictions of a branch, or an error that says it is missing."""
     if mine is None or teacher is None:
-        fix = f"leave {branch}_weight at 0"
-        raise IncompatibleDetectorsError(problem(f"a head that predicts {branch}", "none", f"{branch}_weight", fix))
+        raise missing_branch(branch, f"{branch}_weight")
     return mine, teacher

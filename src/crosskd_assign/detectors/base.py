@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,39 @@ class DetectorAdapter(nn.Module, ABC):
         """Parameters that one-to-one training leaves without a gradient, such as a centerness branch."""
         return ()
 
+    # --- heads that can be entered further in, for ``CrossHeadDistiller(entry=k)`` -----------------------------------
+
+    @property
+    def max_entry(self) -> int:
+        """How many convolutions `head_stem` can run at most; 0, the default, for a head that cannot be split."""
+        return 0
+
+    def head_stem(self, features: list[Tensor], k: int) -> dict[str, list[Tensor]]:
+        """The first part of the head: ``k`` convolutions of every branch, with what follows each of them.
+
+        Args:
+            features: L maps, as `head` takes them.
+            k: 1 to ``max_entry``.
+
+        Returns:
+            For every branch, by name, L maps of the sizes of ``features``. Two heads can be crossed at ``k`` if their
+            branches have the same names.
+        """
+        raise self._unsplit()
+
+    def head_rest(self, maps: dict[str, list[Tensor]], k: int, batch: Batch) -> DensePredictions:
+        """What is left of the head: ``head_rest(head_stem(features, k), k, batch)`` equals ``head(features, batch)``.
+
+        Like `head` it reads nothing but its arguments: ``maps`` may be another detector's.
+        """
+        raise self._unsplit()
+
+    def _unsplit(self) -> DetectorError:
+        fix = "override max_entry, head_stem() and head_rest(), or leave entry at 0"
+        return DetectorError(problem("a head that can be split", "one that cannot", f"{type(self).__name__}", fix))
+
+    # --- measured ----------------------------------------------------------------------------------------------------
+
     def pyramid(self) -> list[PyramidLevel]:
         """Channels and strides of the feature levels, measured on one blank image without touching any state.
 
@@ -146,26 +180,31 @@ class DetectorAdapter(nn.Module, ABC):
         _, edited = self._probe(with_head=True)
         return edited
 
-    @torch.no_grad()
     def _probe(self, *, with_head: bool) -> tuple[list[Tensor], bool]:
         """The features of one blank image, and whether the head edits them."""
-        parameter = next(self.model.parameters(), None)
-        device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
-        image = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype)
-        size = ((PROBE_SIZE, PROBE_SIZE),)
-        batch = Batch(image, size, size)
-        modes = {module: module.training for module in self.modules()}
-        self.eval()  # batch-norm statistics must not see the blank image
-        try:
+        with self._probing() as batch:
             features = self.features(batch)
             self._check_features(features)
             versions = [x._version for x in features]
             if with_head:
                 self.head(list(features), batch)
+        return features, any(x._version != version for x, version in zip(features, versions, strict=True))
+
+    @contextmanager
+    def _probing(self) -> Iterator[Batch]:
+        """A blank image to measure something with, in evaluation mode and without a graph; no state is touched."""
+        parameter = next(self.model.parameters(), None)
+        device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
+        image = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype)
+        size = ((PROBE_SIZE, PROBE_SIZE),)
+        modes = {module: module.training for module in self.modules()}
+        self.eval()  # batch-norm statistics must not see the blank image
+        try:
+            with torch.no_grad():
+                yield Batch(image, size, size)
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        return features, any(x._version != version for x, version in zip(features, versions, strict=True))
 
     def _check_features(self, features: list[Tensor]) -> None:
         fix = "return the pyramid as a list of maps"
