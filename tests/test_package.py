@@ -40,7 +40,7 @@ FLOORS = [
     {"end_to_end"},
     {"inheritance", "crossing"},
     {"distiller"},
-    {"diagnostics", "export"},
+    {"diagnostics", "export", "conformance"},
     {"__init__"},
 ]
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}

@@ -92,7 +92,8 @@ class Entrance:
             maps = known.maps(adapter, adapter.features(batch))
             known = replace(known, edits_maps=_edits(maps, lambda x: self.predictions(adapter, x, batch)))
             parts = known.predictions(adapter, known.maps(adapter, adapter.features(batch)), batch)
-        if not (torch.allclose(whole.logits, parts.logits) and torch.allclose(whole.boxes, parts.boxes)):
+        pairs = [(whole.logits, parts.logits), (whole.boxes, parts.boxes)]
+        if not all(torch.allclose(a, b, equal_nan=True) for a, b in pairs):
             fix = "split the head where nothing behind it reads what came before"
             where = f"{type(adapter).__name__}, entry={self.entry}"
             raise DetectorError(problem("head_rest(head_stem()) to equal head()", "other predictions", where, fix))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,46 @@ class DetectorAdapter(nn.Module, ABC):
         device = None if parameter is None else parameter.device  # the model may have been moved already
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
             self.register_buffer(name, torch.tensor(values, device=device).view(3, 1, 1), persistent=False)
+
+    @staticmethod
+    def from_functions(
+        model: nn.Module,
+        *,
+        features: Callable[[Any, Tensor], Sequence[Tensor]],
+        head: Callable[[Any, list[Tensor]], DensePredictions],
+        image_mean: Sequence[float] = (0.0, 0.0, 0.0),
+        image_std: Sequence[float] = (1.0, 1.0, 1.0),
+        size_divisible: int = 32,
+        trunk: nn.Module | None = None,
+        unused_parameters: Iterable[nn.Parameter] = (),
+    ) -> DetectorAdapter:
+        """An adapter of two functions instead of a subclass.
+
+        Args:
+            model: The network; both functions get it as their first argument, so that a copy runs the copied network.
+            features: ``features(model, images)`` gives the maps of normalised, padded images ``(N, 3, H, W)``.
+            head: ``head(model, maps)`` gives the predictions on such maps.
+            image_mean: See `DetectorAdapter`; likewise the next two.
+            image_std: As above.
+            size_divisible: As above.
+            trunk: Backbone and neck, a part of ``model``; by default all of it.
+            unused_parameters: Parameters that one-to-one training leaves without a gradient.
+
+        Raises:
+            DetectorError: A function does not take two arguments, or a part is none of the model's.
+        """
+        from .functions import FunctionAdapter  # noqa: PLC0415  # it is a subclass of this class
+
+        return FunctionAdapter(
+            model,
+            features,
+            head,
+            image_mean=image_mean,
+            image_std=image_std,
+            size_divisible=size_divisible,
+            trunk=trunk,
+            unused_parameters=unused_parameters,
+        )
 
     @abstractmethod
     def features(self, batch: Batch) -> list[Tensor]:
