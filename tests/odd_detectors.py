@@ -133,6 +133,11 @@ class TransposedMaps(Good):
         return [x.transpose(2, 3) for x in super().features(batch)]
 
 
+class MirroredImages(Good):
+    def features(self, batch: Batch) -> list[Tensor]:
+        return super().features(replace(batch, images=batch.images.flip(3)))
+
+
 class ResizedWithoutBoxes(Good):
     def preprocess(self, images: Any, targets: Any = None) -> Any:
         resized = [F.interpolate(x[None], scale_factor=2, mode="nearest")[0] for x in images]

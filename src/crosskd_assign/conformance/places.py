@@ -228,25 +228,40 @@ def _check_offsets(e: Examination, offsets: dict[str, dict[str, float]]) -> None
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
+CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))  # right, down
+
+
 @torch.no_grad()
 def places(e: Examination) -> Finding:
-    """What changes in a corner of the image changes predictions in that corner."""
-    batch, changed = e.batch, e.batch
+    """What changes in a corner of the image changes predictions towards that corner."""
+    batch = e.batch
+    plain = e.head(e.adapter.features(batch), batch)
     height, width = batch.sizes[0]
-    rows, columns = slice(height // 10, height * 2 // 5), slice(width * 3 // 5, width * 9 // 10)  # top right
-    changed.images[0, :, rows, columns] = 1 - changed.images[0, :, rows, columns].round()
-    plain, other = (e.head(e.adapter.features(b), b) for b in (batch, changed))
     finest = min(levels_of(e, plain), key=lambda level: max(level.stride), default=None)
     if finest is None or min(height / finest.stride[1], width / finest.stride[0]) < SMALLEST:
         raise Skip(f"needs a map of at least {SMALLEST} × {SMALLEST} cells on the image; give larger images")
     shown = finest.members & (plain.points[:, 0] < width) & (plain.points[:, 1] < height)
-    xy = plain.points[shown].double()
-    weight = _responses(plain, other)["logits"][shown].square()
-    if float(weight.sum()) == 0:
-        raise Skip("no prediction depends on that corner")
-    right, down = ((weight[:, None] * xy).sum(0) / weight.sum() - xy.mean(0)).tolist()
-    if right < -0.03 * width or down > 0.03 * height:
-        seen = f"the {'bottom' if down > 0 else 'top'} {'right' if right > 0 else 'left'}"
-        fix = "keep maps as (N, *, H, W), and images as they come: neither transposed nor mirrored"
-        raise wrong("a change at the top right to change predictions there", f"it at {seen}", e.name, fix)
+    xy = plain.points[shown].double() / plain.points.new_tensor([width, height])
+    moved = xy.new_zeros(2, 2)  # how far right and down (rows) changes go, for a cause far right and far down (columns)
+    for right, down in CORNERS:
+        changed = e.batch
+        patch = changed.images[0, :, _third(height, down), _third(width, right)]
+        patch.copy_(1 - patch.round())
+        weight = _responses(plain, e.head(e.adapter.features(changed), changed))["logits"][shown].square()
+        if float(weight.sum()) > 0:
+            centre = (weight[:, None] * xy).sum(0) / weight.sum()
+            moved += centre[:, None] * xy.new_tensor([2 * right - 1, 2 * down - 1]) / len(CORNERS)
+    (rr, rd), (dr, dd) = moved.tolist()
+    scores = {"": rr + dd, "transposed": rd + dr, "mirrored": dd - rr, "upside down": rr - dd, "turned": -rr - dd}
+    best = max(scores, key=lambda name: scores[name])
+    if scores[best] > scores[""] + 0.05:
+        fix = "keep maps as (N, *, H, W) and images as they come"
+        expected = "a change in a corner of the image to change predictions there"
+        raise wrong(expected, f"what looks like images or maps {best}", f"{e.name}, features() and head()", fix)
     return "a change in a corner of the image changes predictions there"
+
+
+def _third(n: int, far: int) -> slice:
+    """A third of ``n`` pixels, near the beginning or near the end."""
+    start = n // 10 + far * n // 2
+    return slice(start, start + n // 3)
