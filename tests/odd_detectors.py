@@ -48,12 +48,15 @@ class Good(DetectorAdapter):
 
     def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
         levels = self.levels(features, batch)
-        towers = [self.model.tower(x) for x in features]
+        towers = self.towers(features)
         logits = torch.cat(self.rows([self.model.classes(t) for t in towers], CLASSES), dim=1)
         raw = torch.cat(self.rows([self.model.sides(t) for t in towers], 4), dim=1)
         points = torch.cat([level.points(raw.device) for level in levels])
         strides = torch.cat([points.new_full((len(level), 1), level.stride) for level in levels])
         return self.predictions(logits, self.decode(raw, points, strides, batch), levels)
+
+    def towers(self, features: list[Tensor]) -> list[Tensor]:
+        return [self.model.tower(x) for x in features]
 
     def levels(self, features: list[Tensor], batch: Batch) -> list[GridLevel]:
         return [GridLevel.of(x, 8 * 2**i, anchors=ANCHORS) for i, x in enumerate(features)]
