@@ -39,9 +39,9 @@ FLOORS = [
     {"assigner", "alignment"},
     {"detectors"},
     {"end_to_end"},
-    {"inheritance"},
+    {"inheritance", "crossing"},
     {"distiller"},
-    {"diagnostics", "export"},
+    {"diagnostics", "export", "conformance"},
     {"__init__"},
 ]
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}

@@ -186,6 +186,7 @@ CASES: dict[str, tuple[int, ...]] = {
     "missing levels": (1, 3, 2, 1),
     "a rank without boxes": (3, 2, 0, 0),
     "statistics": (2, 1, 3, 3),
+    "inside the head": (2, 1, 3, 3),
 }
 
 
@@ -196,6 +197,8 @@ def build(case: str) -> nn.Module:
     if case == "other channels":
         torch.manual_seed(0)
         return CrossHeadDistiller(student, small_retinanet(2, channels=64), alignment="none")
+    if case == "inside the head":
+        return CrossHeadDistiller(student, small_fcos(2), alignment="none", entry=1)
     levels = 3 if case == "missing levels" else 5
     alignment: Any = "statistics" if case == "statistics" else "none"
     return CrossHeadDistiller(student, small_fcos(2, levels=levels), alignment=alignment, quality_weight=1)

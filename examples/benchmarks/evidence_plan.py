@@ -165,9 +165,7 @@ VARIANTS = {
     "cross-head-2x-teacher": Variant("cross-head, teacher trained twice as long", _CROSS, "one-to-many-2x"),
     "cross-head-unaligned": Variant("cross-head, no alignment", {**_CROSS, "alignment": "none"}, _TEACHER),
     "cross-head-quality": Variant("cross-head, quality term", {**_CROSS, "distill_quality": 1.0}, _TEACHER),
-    "cross-head-product": Variant(
-        "cross-head, class × quality", {**_CROSS, "distill_score": "classification-times-quality"}, _TEACHER
-    ),
+    "cross-head-entry-1": Variant("cross-head, entry 1", {**_CROSS, "entry": 1}, _TEACHER),
     "cross-head-half": Variant(
         "cross-head, weights ½", {**_CROSS, "distill_classification": 0.5, "distill_box": 0.5}, _TEACHER
     ),
@@ -204,7 +202,6 @@ STUDIES = {
         "cross-head-ranking",
         "cross-head-auxiliary",
         "auxiliary-head",
-        "cross-head-product",
         "one-to-many-2x",
         "one-to-one-2x",
         "cross-head-2x-teacher",

@@ -30,7 +30,6 @@ from crosskd_assign import (
 
 __all__ = ["ARMS", "Arm", "ArmName", "build_arm", "needs_teacher"]
 
-Score = Literal["classification", "classification-times-quality"]
 ArmName = Literal[
     "one-to-many", "one-to-one", "cross-head", "feature-imitation", "weighted-imitation", "own-head-imitation"
 ]
@@ -95,12 +94,12 @@ def build_arm(
     classification_weight: float = 1.0,
     box_weight: float = 1.0,
     quality_weight: float = 0.0,
-    score: Score = "classification",
     imitation_weight: float = 1.0,
     alignment: Literal["statistics", "none"] = "statistics",
     ranking_weight: float = 0.0,
     auxiliary_head: bool = False,
     detach: bool = False,
+    entry: int = 0,
 ) -> Arm:
     """Build an arm around a torchvision detector.
 
@@ -112,18 +111,23 @@ def build_arm(
         classification_weight: Of the distillation's classification term.
         box_weight: Of the distillation's box term.
         quality_weight: Of the distillation's quality term.
-        score: What the distillation's classification term compares.
         imitation_weight: Of feature imitation.
         alignment: Of the student's features to the teacher's.
         ranking_weight: Of the one-to-one ranking term.
         auxiliary_head: Train a second head one-to-many beside the student's own.
         detach: Keep the one-to-one losses from the features when there is such a second head.
+        entry: Convolutions of the student's head that run before it enters the teacher's (cross-head).
 
     Raises:
-        ValueError: The arm needs a teacher and has none.
+        ValueError: The arm needs a teacher and has none, or ``entry`` is asked for with an auxiliary head.
     """
     if name == "one-to-many":
         return Arm(student, adapt(student), one_to_many=True)
+    if auxiliary_head and entry > 0:
+        raise ValueError(
+            "Expected --entry 0 with --auxiliary-head, which starts from the pyramid as well, but got "
+            f"{entry}. Fix: leave out one of the two."
+        )
     options: dict[str, Any] = {"assigner": METRICS[metric], "ranking_weight": ranking_weight}
     detector = (
         AuxiliaryHead(student, detach=detach, **options) if auxiliary_head else EndToEndDetector(student, **options)
@@ -140,8 +144,8 @@ def build_arm(
             classification_weight=classification_weight,
             box_weight=box_weight,
             quality_weight=quality_weight,
-            score=score,
             alignment=alignment,
+            entry=entry,
         )
     elif name == "own-head-imitation":
         distiller = OwnHeadImitation(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from arms import ARMS, METRICS, Score
+from arms import ARMS, METRICS
 from models import Architecture, Backbone
 
 __all__ = ["FREE_ON_RESUME", "Options", "parse_options"]
@@ -61,11 +61,11 @@ class Options:
     distill_classification: float = _option(1.0, "weight of the distillation's classification term")
     distill_box: float = _option(1.0, "weight of the distillation's box term")
     distill_quality: float = _option(0.0, "weight of the distillation's quality term")
-    distill_score: str = _option("classification", "what the classification term compares", get_args(Score))
     distill_warmup: float = _option(0.0, "share of the run over which distillation's weight rises from 0")
     distill_decay: str = _option("none", "of distillation's weight, to 1 percent", ("none", "linear", "cosine"))
     imitation: float = _option(1.0, "weight of feature imitation")
     alignment: str = _option("statistics", "of student features to the teacher's", ("statistics", "none"))
+    entry: int = _option(0, "convolutions of the student's head that run before it enters the teacher's (cross-head)")
 
     epochs: int = _option(12, "passes over the training images")
     batch_size: int = _option(16, "images of one step on one process")
@@ -85,11 +85,11 @@ class Options:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Options that differ from those of an earlier start and must not when resuming."""
-        mine = asdict(self)
+        then = {option.name: option.default for option in fields(self)} | other  # what was unknown then had its default
         return [
-            f"{name}: {other.get(name)!r} then, {value!r} now"
-            for name, value in mine.items()
-            if name not in FREE_ON_RESUME and other.get(name) != value
+            f"{name}: {then[name]!r} then, {value!r} now"
+            for name, value in asdict(self).items()
+            if name not in FREE_ON_RESUME and then[name] != value
         ]
 
 

@@ -173,12 +173,12 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
         classification_weight=options.distill_classification,
         box_weight=options.distill_box,
         quality_weight=options.distill_quality,
-        score=options.distill_score,  # type: ignore[arg-type]  # checked by argparse
         imitation_weight=options.imitation,
         alignment=options.alignment,  # type: ignore[arg-type]  # checked by argparse
         ranking_weight=options.ranking,
         auxiliary_head=options.auxiliary_head,
         detach=options.detach,
+        entry=options.entry,
     ).to(ranks.device)
     if options.channels_last:
         arm.to(memory_format=torch.channels_last)

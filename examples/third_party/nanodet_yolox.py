@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from shared import ResizingAdapter, boxes_from_sides, mean_of_bins, points_and_strides
 from torch import Tensor, nn
 
-from crosskd_assign import Batch, DensePredictions, DetectorAdapter, GridLevel
+from crosskd_assign import Batch, DensePredictions, DetectorAdapter, GridLevel, functional
 
 __all__ = ["NanoDetAdapter", "YOLOXAdapter", "nanodet_m", "yolox_nano"]
 
@@ -76,7 +76,8 @@ class YOLOXAdapter(ResizingAdapter):
         for i, feature in enumerate(features):
             x = self.model.hs[i](feature)
             classes, boxes = self.model.cc[i](x), self.model.rc[i](x)
-            logits.append(_product_logit(self.model.cp[i](classes), self.model.op[i](boxes)).flatten(2).transpose(1, 2))
+            score = functional.product_logits(self.model.cp[i](classes), self.model.op[i](boxes))
+            logits.append(score.flatten(2).transpose(1, 2))
             codes.append(self.model.rp[i](boxes).flatten(2).transpose(1, 2))
         levels = [GridLevel.of(x, stride) for x, stride in zip(features, STRIDES, strict=True)]
         points, strides = points_and_strides(levels, features[0].device)
@@ -89,11 +90,6 @@ class YOLOXAdapter(ResizingAdapter):
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
     return F.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def _product_logit(a: Tensor, b: Tensor) -> Tensor:
-    """The logit of σ(a) · σ(b): the odds against it are e⁻ᵃ + e⁻ᵇ + e⁻ᵃ⁻ᵇ."""
-    return -torch.logaddexp(torch.logaddexp(-a, -b), -a - b)
 
 
 def nanodet_m(size: int = 320) -> tuple[DetectorAdapter, dict[int, int]]:

@@ -7,6 +7,7 @@ without non-maximum suppression.
 from . import diagnostics, errors, functional
 from .alignment import FeatureAligner
 from .assigner import TaskAwareOneToOneAssigner
+from .conformance import AdapterReport, check_adapter
 from .detectors import DetectorAdapter, adapt
 from .distiller import CrossHeadDistiller
 from .end_to_end import EndToEndDetector
@@ -16,6 +17,7 @@ from .structures import Assignment, Batch, DensePredictions, Detection, GridLeve
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterReport",
     "Assignment",
     "Batch",
     "CrossHeadDistiller",
@@ -29,6 +31,7 @@ __all__ = [
     "Target",
     "TaskAwareOneToOneAssigner",
     "adapt",
+    "check_adapter",
     "diagnostics",
     "errors",
     "functional",

@@ -86,7 +86,7 @@ def cross_head_detections(
     """
     student = distiller.detector.adapter
     batch, _ = student.preprocess(images)
-    _, cross = distiller.cross(student.features(batch), batch)
+    _, cross = distiller.cross(distiller.entry_maps(student.features(batch)), batch)
     return one_to_many_detections(student, cross, batch, nms_threshold=nms_threshold, top_k=top_k)
 
 

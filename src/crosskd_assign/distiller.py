@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +11,14 @@ from typing_extensions import Self
 
 from . import functional
 from .alignment import Alignment, FeatureAligner
-from .detectors import DetectorAdapter, PyramidLevel, adapt
+from .crossing import Crossing, Entrance, check_branches, cross_levels, missing_branch
+from .detectors import DetectorAdapter, adapt
 from .end_to_end import EndToEndDetector
 from .errors import IncompatibleDetectorsError, MissingTeacherError, problem
 from .structures import Batch, DensePredictions, Detection, Target
 from .validation import check_images, check_option, check_predictions, check_targets
 
 __all__ = ["CrossHeadDistiller"]
-
-Score = Literal["classification", "classification-times-quality"]
 
 
 class CrossHeadDistiller(nn.Module):
@@ -45,14 +43,17 @@ class CrossHeadDistiller(nn.Module):
         quality_weight: Weight of the cross-head quality loss (centerness, objectness), at least 0; off by default.
         distribution_weight: Weight of the cross-head loss on distance bins, for heads that have them, at least 0; off
             by default.
-        score: What the classification loss compares: the teacher's class scores, or "classification-times-quality",
-            which is how FCOS ranks its boxes; that needs a quality branch.
         gamma: Exponent of the classification loss, 0 or at least 1.
         confidence_threshold: Teacher confidence from which a point counts in the normaliser, 0…1.
         alignment: "statistics" or "none"; see `FeatureAligner`.
+        entry: Where the student enters the teacher's head. 0, the default: with its feature pyramid, which works for
+            any two heads and leaves the student's own alone. k: behind the first k convolutions of its own head, which
+            then learn from the teacher, too; for heads that can be split (`DetectorAdapter.max_entry`) and have
+            branches of the same names.
 
     Raises:
-        IncompatibleDetectorsError: The two share no level, are one and the same, or share parameters.
+        IncompatibleDetectorsError: The two share no level, are one and the same, or share parameters; a head cannot be
+            split at ``entry``; a weighted term needs a branch that the teacher's head has not.
 
     Attributes:
         detector: The student as an `EndToEndDetector`: the thing to deploy.
@@ -69,10 +70,10 @@ class CrossHeadDistiller(nn.Module):
         box_weight: float = 1.0,
         quality_weight: float = 0.0,
         distribution_weight: float = 0.0,
-        score: Score = "classification",
         gamma: float = 1.0,
         confidence_threshold: float = 0.05,
         alignment: Alignment = "statistics",
+        entry: int = 0,
     ) -> None:
         super().__init__()
         check_option("classification_weight", classification_weight, low=0)
@@ -83,8 +84,16 @@ class CrossHeadDistiller(nn.Module):
         if gamma != 0:
             check_option("gamma", gamma, low=1)  # between 0 and 1 the gradient is infinite where both heads agree
         self.detector = student if isinstance(student, EndToEndDetector) else EndToEndDetector(student)
-        self._student_edits = self.detector.adapter.edits_features()
-        self._crossing: list[_Crossing] = []
+        self.classification_weight = classification_weight
+        self.box_weight = box_weight
+        self.quality_weight = quality_weight
+        self.distribution_weight = distribution_weight
+        self.gamma = gamma
+        self.confidence_threshold = confidence_threshold
+        self.distillation_weight = 1.0
+        adapter = self.detector.adapter
+        self._at_student = Entrance.of(adapter, entry, "student").tried(adapter)
+        self._crossing: list[Crossing] = []
         self._teacher: tuple[DetectorAdapter] | None = None
         self.attach_teacher(teacher)
         self.aligner = FeatureAligner(
@@ -93,14 +102,6 @@ class CrossHeadDistiller(nn.Module):
         parameter = next(self.detector.parameters(), None)
         if parameter is not None:
             self.aligner.to(device=parameter.device, dtype=parameter.dtype)
-        self.classification_weight = classification_weight
-        self.box_weight = box_weight
-        self.quality_weight = quality_weight
-        self.distribution_weight = distribution_weight
-        self.score = score
-        self.gamma = gamma
-        self.confidence_threshold = confidence_threshold
-        self.distillation_weight = 1.0
 
     # --- the teacher, present but not a part -------------------------------------------------------------------------
 
@@ -120,11 +121,12 @@ class CrossHeadDistiller(nn.Module):
         """Freeze ``teacher`` and distil from it; needed after copying or unpickling a distiller.
 
         Raises:
-            IncompatibleDetectorsError: It shares parameters with the student, or its pyramid differs from that of the
-                teacher this distiller was built for.
+            IncompatibleDetectorsError: It shares parameters with the student, its maps differ from those of the
+                teacher this distiller was built for, or its head lacks a branch that a weighted term needs.
         """
         adapter = adapt(teacher)
-        crossing = _crossing(self.detector.adapter.pyramid(), adapter.pyramid())
+        entrance = Entrance.of(adapter, self.entry, "teacher")
+        crossing = cross_levels(self._at_student, entrance)
         if self._crossing not in ([], crossing):
             fix = "attach the teacher it was built with, or build a new CrossHeadDistiller"
             raise IncompatibleDetectorsError(problem(f"levels {self._crossing}", f"{crossing}", "teacher", fix))
@@ -134,11 +136,16 @@ class CrossHeadDistiller(nn.Module):
             fix = "build teacher and student separately, e.g. with copy.deepcopy"
             got = f"{len(shared)} shared parameters, the first {shared[0]}"
             raise IncompatibleDetectorsError(problem("a teacher of its own", got, "teacher", fix))
-        self._crossing = crossing
-        self._teacher_edits = adapter.edits_features()
+        check_branches(adapter, {"quality": self.quality_weight, "distribution": self.distribution_weight})
+        self._crossing, self._at_teacher = crossing, entrance.tried(adapter)
         # In a tuple, nn.Module does not register it.
         self._teacher = (adapter.eval().requires_grad_(False),)
         return self
+
+    @property
+    def entry(self) -> int:
+        """How many convolutions of the student's head run before it enters the teacher's."""
+        return self._at_student.entry
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._teacher is not None:
@@ -185,9 +192,26 @@ class CrossHeadDistiller(nn.Module):
         student = self.detector.adapter
         batch, moved = student.preprocess(images, targets)
         features = student.features(batch)
-        predictions = self.detector.predict(_guarded(features, self._student_edits), batch)
+        maps = self.entry_maps(features)
+        if self.entry == 0:
+            predictions = self.detector.predict(self._at_student.guarded(features), batch)
+        else:
+            predictions = self._at_student.predictions(student, maps, batch)
+            check_predictions(predictions, where=f"{type(student).__name__}.head()", images=len(batch.images))
         losses = self.detector.losses(predictions, moved or [])
-        return losses | self.distillation_losses(features, predictions, batch)
+        return losses | self.distillation_losses(maps, predictions, batch)
+
+    def entry_maps(self, features: list[Tensor]) -> list[Tensor]:
+        """What the student brings to the teacher's head: its pyramid, or the maps behind ``entry`` of its convolutions.
+
+        Args:
+            features: The student's pyramid.
+
+        Returns:
+            The pyramid itself, or a map for every level of every branch, all levels of one branch after those of
+            another.
+        """
+        return self._at_student.maps(self.detector.adapter, features)
 
     def distillation_losses(
         self, features: list[Tensor], predictions: DensePredictions, batch: Batch
@@ -195,7 +219,7 @@ class CrossHeadDistiller(nn.Module):
         """The weighted distillation losses; what a subclass overrides to distil in another way.
 
         Args:
-            features: The student's pyramid.
+            features: The student's `entry_maps`: its pyramid, unless ``entry`` was given.
             predictions: What the student's own head says on it; cross-head distillation leaves that head alone.
             batch: What the pyramid was made from.
         """
@@ -207,16 +231,15 @@ class CrossHeadDistiller(nn.Module):
         """What the teacher's head says on its own features, and what it says on the student's, with a graph.
 
         Args:
-            features: The student's pyramid.
-            batch: What it was made from.
+            features: The student's `entry_maps`.
+            batch: What they were made from.
         """
         with torch.no_grad():
-            teacher_features = self.teacher_features(batch)
-            on_teacher = self.teacher.head(_guarded(teacher_features, self._teacher_edits), batch)
+            maps = self._at_teacher.maps(self.teacher, self.teacher_features(batch))
+            on_teacher = self._at_teacher.predictions(self.teacher, maps, batch)
         where = f"teacher {type(self.teacher).__name__}.head()"
         check_predictions(on_teacher, where=where, images=len(batch.images))
-        crossed = _guarded(self.align(features, teacher_features), self._teacher_edits)
-        return on_teacher, self.teacher.head(crossed, batch)
+        return on_teacher, self._at_teacher.predictions(self.teacher, self.align(features, maps), batch)
 
     def teacher_features(self, batch: Batch) -> list[Tensor]:
         """The teacher's pyramid, without a graph."""
@@ -226,7 +249,7 @@ class CrossHeadDistiller(nn.Module):
             return self.teacher.features(batch)
 
     def align(self, features: list[Tensor], teacher_features: list[Tensor]) -> list[Tensor]:
-        """The student's pyramid in the form of the teacher's.
+        """The student's pyramid, or its maps at ``entry``, in the form of the teacher's.
 
         A level that the student lacks is filled with the teacher's own: predictions agree there, and no gradient comes
         from it.
@@ -245,8 +268,6 @@ class CrossHeadDistiller(nn.Module):
         Raises:
             IncompatibleDetectorsError: A weighted term needs a branch that the head has not.
         """
-        if self.score == "classification-times-quality":
-            predictions, teacher = _with_quality(predictions), _with_quality(teacher)
         confidence = functional.teacher_confidence(teacher.logits)
         normalizer = functional.distillation_normalizer(confidence, self.confidence_threshold)
         losses: dict[str, Tensor] = {}
@@ -281,47 +302,8 @@ class CrossHeadDistiller(nn.Module):
         return f"teacher={type(model).__name__} ({size / 1e6:.1f} M parameters, frozen)"
 
 
-@dataclass(frozen=True)
-class _Crossing:
-    """A level that both pyramids have: its indices and channels."""
-
-    student: int
-    teacher: int
-    student_channels: int
-    teacher_channels: int
-
-
-def _crossing(student: list[PyramidLevel], teacher: list[PyramidLevel]) -> list[_Crossing]:
-    """The levels of equal stride."""
-    by_stride = {level.stride: j for j, level in enumerate(teacher)}
-    crossing = [
-        _Crossing(i, by_stride[level.stride], level.channels, teacher[by_stride[level.stride]].channels)
-        for i, level in enumerate(student)
-        if level.stride in by_stride
-    ]
-    if not crossing:
-        got = f"student {[s.stride for s in student]} and teacher {[t.stride for t in teacher]}"
-        fix = "build both on pyramids that share at least one level"
-        raise IncompatibleDetectorsError(problem("a common stride in both pyramids", got, "feature levels", fix))
-    return crossing
-
-
-def _guarded(features: list[Tensor], edited: bool) -> list[Tensor]:
-    """Copies for a head that would edit maps which others still need."""
-    return [x.clone() for x in features] if edited else list(features)
-
-
-def _with_quality(predictions: DensePredictions) -> DensePredictions:
-    """Predictions whose class score is that of class times quality."""
-    if predictions.quality is None:
-        fix = 'leave score at "classification"'
-        raise IncompatibleDetectorsError(problem("a head that predicts quality", "none", "score", fix))
-    return replace(predictions, logits=functional.product_logits(predictions.logits, predictions.quality[..., None]))
-
-
 def _had(mine: Tensor | None, teacher: Tensor | None, branch: str) -> tuple[Tensor, Tensor]:
     """Both predictions of a branch, or an error that says it is missing."""
     if mine is None or teacher is None:
-        fix = f"leave {branch}_weight at 0"
-        raise IncompatibleDetectorsError(problem(f"a head that predicts {branch}", "none", f"{branch}_weight", fix))
+        raise missing_branch(branch, f"{branch}_weight")
     return mine, teacher

@@ -1,10 +1,12 @@
 """What arms can be combined with: a second head, other feature losses, schedules."""
 
 import copy
+from dataclasses import asdict
 
 import pytest
 import torch
 from arms import build_arm
+from options import Options
 from torch import nn
 
 from crosskd_assign import EndToEndDetector
@@ -88,3 +90,15 @@ def test_weighted_imitation_is_the_mean_square_where_the_teacher_is_equally_sure
         pairs = zip(arm.adapter.features(prepared), arm.trainee.teacher_features(prepared), strict=True)
         expected = sum(float(((s - t) ** 2).mean()) for s, t in pairs)
     assert float(arm(images, targets)["imitation"].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_of_an_older_version_had_the_default_of_options_that_came_later():
+    now = Options(output="a", epochs=3)
+    then = {name: value for name, value in asdict(now).items() if name != "short_side"}
+    assert now.differences(then | {"output": "b"}) == []
+    assert Options(epochs=3, short_side=800).differences(then) == ["short_side: 0 then, 800 now"]
+
+
+def test_an_auxiliary_head_and_a_later_entry_exclude_each_other():
+    with pytest.raises(ValueError, match="Expected --entry 0 with --auxiliary-head"):
+        build_arm("cross-head", small_fcos(), small_fcos(1), auxiliary_head=True, entry=1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,46 @@ class DetectorAdapter(nn.Module, ABC):
         device = None if parameter is None else parameter.device  # the model may have been moved already
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
             self.register_buffer(name, torch.tensor(values, device=device).view(3, 1, 1), persistent=False)
+
+    @staticmethod
+    def from_functions(
+        model: nn.Module,
+        *,
+        features: Callable[[Any, Tensor], Sequence[Tensor]],
+        head: Callable[[Any, list[Tensor]], DensePredictions],
+        image_mean: Sequence[float] = (0.0, 0.0, 0.0),
+        image_std: Sequence[float] = (1.0, 1.0, 1.0),
+        size_divisible: int = 32,
+        trunk: nn.Module | None = None,
+        unused_parameters: Iterable[nn.Parameter] = (),
+    ) -> DetectorAdapter:
+        """An adapter of two functions instead of a subclass.
+
+        Args:
+            model: The network; both functions get it as their first argument, so that a copy runs the copied network.
+            features: ``features(model, images)`` gives the maps of normalised, padded images ``(N, 3, H, W)``.
+            head: ``head(model, maps)`` gives the predictions on such maps.
+            image_mean: See `DetectorAdapter`; likewise the next two.
+            image_std: As above.
+            size_divisible: As above.
+            trunk: Backbone and neck, a part of ``model``; by default all of it.
+            unused_parameters: Parameters that one-to-one training leaves without a gradient.
+
+        Raises:
+            DetectorError: A function does not take two arguments, or a part is none of the model's.
+        """
+        from .functions import FunctionAdapter  # noqa: PLC0415  # it is a subclass of this class
+
+        return FunctionAdapter(
+            model,
+            features,
+            head,
+            image_mean=image_mean,
+            image_std=image_std,
+            size_divisible=size_divisible,
+            trunk=trunk,
+            unused_parameters=unused_parameters,
+        )
 
     @abstractmethod
     def features(self, batch: Batch) -> list[Tensor]:
@@ -132,6 +174,39 @@ class DetectorAdapter(nn.Module, ABC):
         """Parameters that one-to-one training leaves without a gradient, such as a centerness branch."""
         return ()
 
+    # --- heads that can be entered further in, for ``CrossHeadDistiller(entry=k)`` -----------------------------------
+
+    @property
+    def max_entry(self) -> int:
+        """How many convolutions `head_stem` can run at most; 0, the default, for a head that cannot be split."""
+        return 0
+
+    def head_stem(self, features: list[Tensor], k: int) -> dict[str, list[Tensor]]:
+        """The first part of the head: ``k`` convolutions of every branch, with what follows each of them.
+
+        Args:
+            features: L maps, as `head` takes them.
+            k: 1 to ``max_entry``.
+
+        Returns:
+            For every branch, by name, L maps of the sizes of ``features``. Two heads can be crossed at ``k`` if their
+            branches have the same names.
+        """
+        raise self._unsplit()
+
+    def head_rest(self, maps: dict[str, list[Tensor]], k: int, batch: Batch) -> DensePredictions:
+        """What is left of the head: ``head_rest(head_stem(features, k), k, batch)`` equals ``head(features, batch)``.
+
+        Like `head` it reads nothing but its arguments: ``maps`` may be another detector's.
+        """
+        raise self._unsplit()
+
+    def _unsplit(self) -> DetectorError:
+        fix = "override max_entry, head_stem() and head_rest(), or leave entry at 0"
+        return DetectorError(problem("a head that can be split", "one that cannot", f"{type(self).__name__}", fix))
+
+    # --- measured ----------------------------------------------------------------------------------------------------
+
     def pyramid(self) -> list[PyramidLevel]:
         """Channels and strides of the feature levels, measured on one blank image without touching any state.
 
@@ -146,26 +221,31 @@ class DetectorAdapter(nn.Module, ABC):
         _, edited = self._probe(with_head=True)
         return edited
 
-    @torch.no_grad()
     def _probe(self, *, with_head: bool) -> tuple[list[Tensor], bool]:
         """The features of one blank image, and whether the head edits them."""
-        parameter = next(self.model.parameters(), None)
-        device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
-        image = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype)
-        size = ((PROBE_SIZE, PROBE_SIZE),)
-        batch = Batch(image, size, size)
-        modes = {module: module.training for module in self.modules()}
-        self.eval()  # batch-norm statistics must not see the blank image
-        try:
+        with self._probing() as batch:
             features = self.features(batch)
             self._check_features(features)
             versions = [x._version for x in features]
             if with_head:
                 self.head(list(features), batch)
+        return features, any(x._version != version for x, version in zip(features, versions, strict=True))
+
+    @contextmanager
+    def _probing(self) -> Iterator[Batch]:
+        """A blank image to measure something with, in evaluation mode and without a graph; no state is touched."""
+        parameter = next(self.model.parameters(), None)
+        device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
+        image = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype)
+        size = ((PROBE_SIZE, PROBE_SIZE),)
+        modes = {module: module.training for module in self.modules()}
+        self.eval()  # batch-norm statistics must not see the blank image
+        try:
+            with torch.no_grad():
+                yield Batch(image, size, size)
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        return features, any(x._version != version for x, version in zip(features, versions, strict=True))
 
     def _check_features(self, features: list[Tensor]) -> None:
         fix = "return the pyramid as a list of maps"

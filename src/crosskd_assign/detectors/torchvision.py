@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from .base import DetectorAdapter
 
 __all__ = ["FCOSAdapter", "RetinaNetAdapter"]
 
+_BRANCHES = ("classification", "regression")
 _ANCHOR_CACHE_SIZE = 64  # distinct image shapes; multi-scale training meets a few dozen
 
 
@@ -60,6 +63,40 @@ class _TorchvisionAdapter(DetectorAdapter):
         backbone: nn.Module = self.model.backbone
         return backbone
 
+    @property
+    def max_entry(self) -> int:
+        """The convolutions of the towers; 0 for a head that is not made of torchvision's two."""
+        towers = [getattr(branch, "conv", None) for branch in self._branches().values()]
+        if len(towers) != len(_BRANCHES) or not all(isinstance(tower, nn.Sequential) for tower in towers):
+            return 0
+        return min(len(_convolutions(tower)) for tower in towers)  # type: ignore[arg-type]  # checked above
+
+    def head_stem(self, features: list[Tensor], k: int) -> dict[str, list[Tensor]]:
+        """The first ``k`` convolutions of both towers, with norm and activation."""
+        stems = {name: branch.conv[: _boundary(branch.conv, k)] for name, branch in self._branches().items()}
+        return {name: [stem(x) for x in features] for name, stem in stems.items()}
+
+    def head_rest(self, maps: dict[str, list[Tensor]], k: int, batch: Batch) -> DensePredictions:
+        """The rest of both towers and all that follows."""
+        outputs = {}
+        for name, branch in self._branches().items():
+            rest = copy.copy(branch)  # the head's own code and weights, on a shorter tower
+            rest._modules = {**branch._modules, "conv": branch.conv[_boundary(branch.conv, k) :]}
+            outputs[name] = rest.forward(maps[name])  # not called: what was compiled or hooked is the whole branch
+        return self._decode(self._gathered(outputs), next(iter(maps.values())), batch)
+
+    def _branches(self) -> dict[str, Any]:
+        """The two halves of the head that have a tower of their own."""
+        return {name: half for name in _BRANCHES if (half := getattr(self.model.head, f"{name}_head", None))}
+
+    @abstractmethod
+    def _gathered(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
+        """What both branches say, named as the head itself names it."""
+
+    @abstractmethod
+    def _decode(self, output: dict[str, Tensor], features: list[Tensor], batch: Batch) -> DensePredictions:
+        """Predictions of what the head says; of ``features`` only the sizes count."""
+
     def _grid(self, features: list[Tensor], batch: Batch) -> tuple[GridLevel, ...]:
         """The grids of torchvision's anchors: first point at 0, steps of image size // map size, differing per axis."""
         image_height, image_width = batch.images.shape[-2:]
@@ -104,11 +141,17 @@ class FCOSAdapter(_TorchvisionAdapter):
 
     def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
         """Run the head and decode its distances, in float32 at least."""
-        output = self.model.head(features)
+        return self._decode(self.model.head(features), features, batch)
+
+    def _decode(self, output: dict[str, Tensor], features: list[Tensor], batch: Batch) -> DensePredictions:
         levels = self._grid(features, batch)
         distances = at_least_float32(output["bbox_regression"])
         boxes = self.model.box_coder.decode(distances, self._anchor_boxes(levels, distances.device))
         return DensePredictions.on_grid(output["cls_logits"], boxes, levels, output["bbox_ctrness"].squeeze(-1))
+
+    def _gathered(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
+        sides, centerness = outputs["regression"]
+        return {"cls_logits": outputs["classification"], "bbox_regression": sides, "bbox_ctrness": centerness}
 
     def unused_parameters(self) -> Iterable[nn.Parameter]:
         """The centerness convolution: the score of a one-to-one detector is its class score alone."""
@@ -124,10 +167,26 @@ class RetinaNetAdapter(_TorchvisionAdapter):
 
     def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
         """Run the head and decode its anchor offsets, in float32 at least."""
-        output = self.model.head(features)
+        return self._decode(self.model.head(features), features, batch)
+
+    def _decode(self, output: dict[str, Tensor], features: list[Tensor], batch: Batch) -> DensePredictions:
         levels = self._grid(features, batch)
         offsets = at_least_float32(output["bbox_regression"])
         n = len(offsets)
         anchors = self._anchor_boxes(levels, offsets.device).to(offsets.dtype).repeat(n, 1)
         boxes = self.model.box_coder.decode_single(offsets.reshape(-1, 4), anchors).reshape(n, -1, 4)
         return DensePredictions.on_grid(output["cls_logits"], boxes, levels)
+
+    def _gathered(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
+        return {"cls_logits": outputs["classification"], "bbox_regression": outputs["regression"]}
+
+
+def _convolutions(tower: nn.Sequential) -> list[int]:
+    """Where in a tower its convolutions begin; norm and activation follow each, or stand in one block with it."""
+    return [i for i, layer in enumerate(tower) if any(isinstance(part, nn.Conv2d) for part in layer.modules())]
+
+
+def _boundary(tower: nn.Sequential, k: int) -> int:
+    """Where the first ``k`` convolutions of a tower end."""
+    starts = [*_convolutions(tower), len(tower)]
+    return starts[k] if k > 0 else 0

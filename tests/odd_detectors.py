@@ -1,0 +1,489 @@
+"""One small detector with two predictions a point, and many ways to wrap it wrongly; each class makes one mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crosskd_assign import Batch, DensePredictions, Detection, DetectorAdapter, GridLevel, Target
+
+CLASSES = 3
+ANCHORS = 2
+
+
+class Net(nn.Module):
+    """Three levels of stride 8, 16 and 32, one head for all of them, and a batch norm that has something to lose."""
+
+    def __init__(self, channels: int = 12) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, channels, k, stride=s, padding=p), nn.BatchNorm2d(channels))
+            for i, k, s, p in [(3, 8, 8, 0), (channels, 3, 2, 1), (channels, 3, 2, 1)]
+        )
+        self.tower = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU())
+        self.classes = nn.Conv2d(channels, ANCHORS * CLASSES, 3, padding=1)
+        self.sides = nn.Conv2d(channels, ANCHORS * 4, 3, padding=1)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        found = []
+        for stage in self.body:
+            x = stage(x)
+            found.append(x)
+            x = x.tanh()
+        return found
+
+
+class Good(DetectorAdapter):
+    """As it should be. What is broken below overrides one of these methods."""
+
+    model: Net
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        return self.model.maps(self.normalize(batch))
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        levels = self.levels(features, batch)
+        towers = self.towers(features)
+        logits = torch.cat(self.rows([self.model.classes(t) for t in towers], CLASSES), dim=1)
+        raw = torch.cat(self.rows([self.model.sides(t) for t in towers], 4), dim=1)
+        points = torch.cat([level.points(raw.device) for level in levels])
+        strides = torch.cat([points.new_full((len(level), 1), level.stride) for level in levels])
+        return self.predictions(logits, self.decode(raw, points, strides, batch), levels)
+
+    def towers(self, features: list[Tensor]) -> list[Tensor]:
+        return [self.model.tower(x) for x in features]
+
+    def levels(self, features: list[Tensor], batch: Batch) -> list[GridLevel]:
+        return [GridLevel.of(x, 8 * 2**i, anchors=ANCHORS) for i, x in enumerate(features)]
+
+    def rows(self, maps: list[Tensor], channels: int) -> list[Tensor]:
+        """``(N, anchors · channels, H, W)`` to ``(N, H · W · anchors, channels)``."""
+        return [x.unflatten(1, (ANCHORS, channels)).permute(0, 3, 4, 1, 2).reshape(len(x), -1, channels) for x in maps]
+
+    def decode(self, raw: Tensor, points: Tensor, strides: Tensor, batch: Batch) -> Tensor:
+        sides = self.sides(raw, strides)
+        return torch.cat([points - sides[..., :2], points + sides[..., 2:]], dim=-1)
+
+    def sides(self, raw: Tensor, strides: Tensor) -> Tensor:
+        return raw.float().clamp(max=3).exp() * strides if raw.dtype != torch.float64 else raw.exp() * strides
+
+    def predictions(self, logits: Tensor, boxes: Tensor, levels: Sequence[GridLevel]) -> DensePredictions:
+        return DensePredictions.on_grid(logits, boxes, levels)
+
+    def trunk(self) -> nn.Module:
+        return self.model.body
+
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def build(kind: type[Good] = Good, seed: int = 0, **options: Any) -> Good:
+    """An adapter with reproducible weights; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(Net(), **{"image_mean": MEAN, "image_std": STD, **options})
+
+
+# --- features and images ----------------------------------------------------------------------------------------------
+
+
+class DictOfMaps(Good):
+    def features(self, batch: Batch) -> Any:
+        return {str(i): x for i, x in enumerate(super().features(batch))}
+
+
+class NoGraph(Good):
+    @torch.no_grad()
+    def features(self, batch: Batch) -> list[Tensor]:
+        return super().features(batch)
+
+
+class OneMapDetached(Good):
+    def features(self, batch: Batch) -> list[Tensor]:
+        first, *others = super().features(batch)
+        return [first.detach(), *others]
+
+
+class NotNormalised(Good):
+    def features(self, batch: Batch) -> list[Tensor]:
+        return self.model.maps(batch.images)
+
+
+class NormalisedInPlace(Good):
+    def features(self, batch: Batch) -> list[Tensor]:
+        return self.model.maps(batch.images.sub_(self.image_mean).div_(self.image_std))
+
+
+class NormalisedTwice(Good):
+    def preprocess(self, images: Any, targets: Any = None) -> Any:
+        batch, moved = super().preprocess(images, targets)
+        return replace(batch, images=(batch.images - self.image_mean) / self.image_std), moved
+
+
+class SameStrideTwice(Good):
+    def features(self, batch: Batch) -> list[Tensor]:
+        first, *others = super().features(batch)
+        return [first, first, *others]
+
+
+class TransposedMaps(Good):
+    def features(self, batch: Batch) -> list[Tensor]:
+        return [x.transpose(2, 3) for x in super().features(batch)]
+
+
+class MirroredImages(Good):
+    def features(self, batch: Batch) -> list[Tensor]:
+        return super().features(replace(batch, images=batch.images.flip(3)))
+
+
+class ResizedWithoutBoxes(Good):
+    def preprocess(self, images: Any, targets: Any = None) -> Any:
+        resized = [F.interpolate(x[None], scale_factor=2, mode="nearest")[0] for x in images]
+        batch, _ = super().preprocess(resized)
+        return replace(batch, original_sizes=tuple((x.shape[-2], x.shape[-1]) for x in images)), targets
+
+
+class NeverRestored(Good):
+    """Doubles images and boxes, and forgets to halve the detections."""
+
+    def preprocess(self, images: Any, targets: Any = None) -> Any:
+        resized = [F.interpolate(x[None], scale_factor=2, mode="nearest")[0] for x in images]
+        moved: Any = None if targets is None else [{**t, "boxes": 2 * t["boxes"]} for t in targets]
+        batch, moved = super().preprocess(resized, moved)
+        return replace(batch, original_sizes=tuple((x.shape[-2], x.shape[-1]) for x in images)), moved
+
+    def restore(self, detections: list[Detection], batch: Batch) -> list[Detection]:
+        return detections
+
+
+class LabelsFromZero(Good):
+    """A channel short of the labels of its data."""
+
+    def predictions(self, logits: Tensor, boxes: Tensor, levels: Sequence[GridLevel]) -> DensePredictions:
+        return super().predictions(logits[..., 1:], boxes, levels)
+
+
+class OddSizesFail(Good):
+    """Adds the coarse map to the fine one, which fits only where 32 divides the image."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **{**options, "size_divisible": 1})
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        fine, middle, coarse = super().features(batch)
+        return [fine + F.interpolate(coarse, scale_factor=4), middle, coarse]
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+class LostPoints(Good):
+    def predictions(self, logits: Tensor, boxes: Tensor, levels: Sequence[GridLevel]) -> DensePredictions:
+        return replace(super().predictions(logits, boxes, levels), boxes=boxes[:, :-1])
+
+
+class PlainTuple(Good):
+    def predictions(self, logits: Tensor, boxes: Tensor, levels: Sequence[GridLevel]) -> Any:
+        return logits, boxes
+
+
+class NotANumber(Good):
+    def sides(self, raw: Tensor, strides: Tensor) -> Tensor:
+        return raw.log() * strides
+
+
+class PointsInCells(Good):
+    """Points count cells instead of pixels; boxes are right."""
+
+    def predictions(self, logits: Tensor, boxes: Tensor, levels: Sequence[GridLevel]) -> DensePredictions:
+        p = super().predictions(logits, boxes, levels)
+        return replace(p, points=p.points / p.strides[:, None] - 0.5, levels=None)
+
+
+class StridesInCells(Good):
+    def predictions(self, logits: Tensor, boxes: Tensor, levels: Sequence[GridLevel]) -> DensePredictions:
+        p = super().predictions(logits, boxes, levels)
+        return replace(p, strides=torch.ones_like(p.strides), levels=None)
+
+
+class PointsOfOtherLevels(Good):
+    """The grids say one thing and the points another."""
+
+    def predictions(self, logits: Tensor, boxes: Tensor, levels: Sequence[GridLevel]) -> DensePredictions:
+        p = super().predictions(logits, boxes, levels)
+        return replace(p, points=p.points + 3)
+
+
+class LogitsBackwards(Good):
+    """Logits from coarse to fine, all else from fine to coarse."""
+
+    def rows(self, maps: list[Tensor], channels: int) -> list[Tensor]:
+        found = super().rows(maps, channels)
+        return found[::-1] if channels == CLASSES else found
+
+
+class ColumnByColumn(Good):
+    def rows(self, maps: list[Tensor], channels: int) -> list[Tensor]:
+        return super().rows([x.transpose(2, 3) for x in maps], channels)
+
+
+class LogitsColumnByColumn(Good):
+    def rows(self, maps: list[Tensor], channels: int) -> list[Tensor]:
+        return super().rows([x.transpose(2, 3) if channels == CLASSES else x for x in maps], channels)
+
+
+class BottomUp(Good):
+    def rows(self, maps: list[Tensor], channels: int) -> list[Tensor]:
+        return super().rows([x.flip(2) for x in maps], channels)
+
+
+class AnchorByAnchor(Good):
+    def rows(self, maps: list[Tensor], channels: int) -> list[Tensor]:
+        return [x.unflatten(1, (ANCHORS, channels)).permute(0, 1, 3, 4, 2).reshape(len(x), -1, channels) for x in maps]
+
+
+class Shuffled(Good):
+    def rows(self, maps: list[Tensor], channels: int) -> list[Tensor]:
+        order = [
+            torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0)) for x in super().rows(maps, channels)
+        ]
+        return [x[:, o] for x, o in zip(super().rows(maps, channels), order, strict=True)]
+
+
+class IgnoresItsMaps(Good):
+    """Runs the whole network on the batch again."""
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        return super().head(self.features(batch), batch)
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+
+class BoxesInStrides(Good):
+    def decode(self, raw: Tensor, points: Tensor, strides: Tensor, batch: Batch) -> Tensor:
+        return super().decode(raw, points, strides, batch) / strides
+
+
+class BoxesInFractions(Good):
+    def decode(self, raw: Tensor, points: Tensor, strides: Tensor, batch: Batch) -> Tensor:
+        height, width = batch.images.shape[-2:]
+        return super().decode(raw, points, strides, batch) / raw.new_tensor([width, height, width, height])
+
+
+class CentreAndSize(Good):
+    def decode(self, raw: Tensor, points: Tensor, strides: Tensor, batch: Batch) -> Tensor:
+        b = super().decode(raw, points, strides, batch)
+        return torch.cat([(b[..., :2] + b[..., 2:]) / 2, b[..., 2:] - b[..., :2]], dim=-1)
+
+
+class CornerAndSize(Good):
+    def decode(self, raw: Tensor, points: Tensor, strides: Tensor, batch: Batch) -> Tensor:
+        b = super().decode(raw, points, strides, batch)
+        return torch.cat([b[..., :2], b[..., 2:] - b[..., :2]], dim=-1)
+
+
+class RowsFirst(Good):
+    def decode(self, raw: Tensor, points: Tensor, strides: Tensor, batch: Batch) -> Tensor:
+        return super().decode(raw, points, strides, batch)[..., [1, 0, 3, 2]]
+
+
+class OffsetsOnly(Good):
+    def decode(self, raw: Tensor, points: Tensor, strides: Tensor, batch: Batch) -> Tensor:
+        return super().decode(raw, torch.zeros_like(points), strides, batch)
+
+
+class NegativeSides(Good):
+    def sides(self, raw: Tensor, strides: Tensor) -> Tensor:
+        return raw * strides
+
+
+class SidesInPixels(Good):
+    """Forgets the strides of the sides; a note, because a head may mean pixels."""
+
+    def sides(self, raw: Tensor, strides: Tensor) -> Tensor:
+        return 16 * super().sides(raw, strides) / strides
+
+
+# --- behaviour --------------------------------------------------------------------------------------------------------
+
+
+class RawWhileTraining(Good):
+    def decode(self, raw: Tensor, points: Tensor, strides: Tensor, batch: Batch) -> Tensor:
+        return raw if self.training else super().decode(raw, points, strides, batch)
+
+
+class AnotherTypeWhileTraining(Good):
+    def head(self, features: list[Tensor], batch: Batch) -> Any:
+        p = super().head(features, batch)
+        return (p.logits, p.boxes) if self.training else p
+
+
+class BoxesDetached(Good):
+    def decode(self, raw: Tensor, points: Tensor, strides: Tensor, batch: Batch) -> Tensor:
+        return super().decode(raw.detach(), points, strides, batch)
+
+
+class Remembers(Good):
+    """The head reads the last maps that features() made, as modules with an attribute for them do."""
+
+    last: list[Tensor]
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        self.last = super().features(batch)
+        return self.last
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        mixed = [
+            x + 0.5 * last[: len(x)] if x.shape[1:] == last.shape[1:] else x
+            for x, last in zip(features, self.last, strict=True)
+        ]
+        return super().head(mixed, batch)
+
+
+class Random(Good):
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        return super().head([x + 0.1 * torch.randn_like(x) for x in features], batch)
+
+
+class ImagesMixed(Good):
+    """Reshapes images into one another."""
+
+    def rows(self, maps: list[Tensor], channels: int) -> list[Tensor]:
+        return [x - x.mean(dim=0, keepdim=True) for x in super().rows(maps, channels)]
+
+
+class AlwaysTraining(Good):
+    """Batch norm uses statistics of the batch, in evaluation mode too."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.training = True
+        return self
+
+
+class SplitWrongly(Good):
+    max_entry = 1  # type: ignore[assignment]
+
+    def head_stem(self, features: list[Tensor], k: int) -> dict[str, list[Tensor]]:
+        return {"tower": [self.model.tower(x) for x in features]}
+
+    def head_rest(self, maps: dict[str, list[Tensor]], k: int, batch: Batch) -> DensePredictions:
+        return self.head(maps["tower"], batch)  # runs the tower again
+
+
+class UnusedBranch(Good):
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        model.auxiliary = nn.Conv2d(4, 4, 1)
+
+
+class UsedDeclaredUnused(Good):
+    def unused_parameters(self) -> Iterable[nn.Parameter]:
+        return self.model.sides.parameters()
+
+
+class ForeignUnused(Good):
+    def unused_parameters(self) -> Iterable[nn.Parameter]:
+        return nn.Linear(1, 1).parameters()
+
+
+class EmptyTrunk(Good):
+    def trunk(self) -> nn.Module:
+        return nn.Identity()
+
+
+class OtherTrunk(Good):
+    def trunk(self) -> nn.Module:
+        return nn.Conv2d(1, 1, 1)
+
+
+class KeepsGraph(Good):
+    """Keeps what it saw last, with its graph; torch copies no such tensor."""
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        self.seen = [x * 1 for x in features] if features[0].requires_grad else getattr(self, "seen", None)
+        return super().head(features, batch)
+
+
+class RunsAnother(Good):
+    """Reaches its network through a variable outside."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.run = lambda x: model.maps(x)  # type: ignore[operator]  # noqa: PLW0108  # a bound method would be copied
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        return self.run(self.normalize(batch))  # type: ignore[no-any-return]
+
+
+class FixedType(Good):
+    def rows(self, maps: list[Tensor], channels: int) -> list[Tensor]:
+        return [x @ torch.eye(channels) for x in super().rows(maps, channels)]
+
+
+class NoAutocast(Good):
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("no kernel for bfloat16")
+        return super().head(features, batch)
+
+
+class Locked(Good):
+    """Cannot be pickled."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.function = lambda x: x
+
+
+class EditsMaps(Good):
+    """Allowed."""
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        return super().head([x.relu_() for x in features], batch)
+
+
+class Raises(Good):
+    """Fails in the method it is told to."""
+
+    where: str = ""
+
+    def _maybe(self, name: str) -> None:
+        if name == self.where:
+            raise ZeroDivisionError(f"{name} is broken\nwith a second line")
+
+    def preprocess(self, images: Any, targets: Sequence[Target] | None = None) -> Any:
+        self._maybe("preprocess")
+        return super().preprocess(images, targets)
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        self._maybe("features")
+        return super().features(batch)
+
+    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+        self._maybe("head")
+        return super().head(features, batch)
+
+    def restore(self, detections: list[Detection], batch: Batch) -> list[Detection]:
+        self._maybe("restore")
+        return super().restore(detections, batch)
+
+    def pyramid(self) -> Any:
+        self._maybe("pyramid")
+        return super().pyramid()
+
+    def trunk(self) -> nn.Module:
+        self._maybe("trunk")
+        return super().trunk()
+
+    def unused_parameters(self) -> Iterable[nn.Parameter]:
+        self._maybe("unused_parameters")
+        return super().unused_parameters()
