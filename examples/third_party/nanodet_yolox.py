@@ -92,7 +92,8 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 
 def _product_logit(a: Tensor, b: Tensor) -> Tensor:
-    """The logit of σ(a) · σ(b): the odds against it are e⁻ᵃ + e⁻ᵇ + e⁻ᵃ⁻ᵇ."""
+    """The logit of σ(a) · σ(b), in float32: the odds against it are e⁻ᵃ + e⁻ᵇ + e⁻ᵃ⁻ᵇ."""
+    a, b = a.float(), b.float()
     return -torch.logaddexp(torch.logaddexp(-a, -b), -a - b)
 
 
