@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow third-party lint clean
 
 demo: $(VENV)/.coco
 	$(BIN)/python examples/coco/demo.py --output runs/demo
@@ -14,6 +14,10 @@ test: $(VENV)/.dev
 # The tests that take longer, among them the demo itself and what it promises.
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Detectors of other packages as students and teachers; ultralytics is AGPL-3.0 and brings OpenCV.
+third-party: $(VENV)/.third-party
+	YOLO_OFFLINE=true YOLO_CONFIG_DIR=$(abspath $(VENV)) $(BIN)/python -m pytest tests/third_party
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -28,6 +32,10 @@ $(VENV)/.coco: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.coco
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)/.third-party: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet effdet ultralytics
 	touch $@
 
 clean:

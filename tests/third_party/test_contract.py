@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -91,6 +92,28 @@ def test_one_to_one_training_reaches_every_parameter_that_is_not_frozen(make: Ma
     assert not missing
     unused = {id(p) for p in detector.adapter.unused_parameters()}
     assert {id(p) for p in detector.parameters() if not p.requires_grad} >= unused
+
+
+def test_half_precision_leaves_boxes_and_losses_in_float32(make: Make):
+    distiller = CrossHeadDistiller(make().requires_grad_(True), make()).train()
+    student = distiller.detector.adapter
+    batch = batch_of(student)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert student.head(student.features(batch), batch).boxes.dtype == torch.float32
+        losses = distiller(*scene(SIZES))
+    assert all(loss.dtype == torch.float32 and bool(loss.isfinite()) for loss in losses.values())
+
+
+def test_a_copy_stands_by_itself(make: Make):
+    adapter = make().eval()
+    copied = copy.deepcopy(adapter)
+    for parameter in adapter.parameters():
+        parameter.data.zero_()
+    images = scene(((64, 128),), boxes=1)[0]
+    for other in (adapter, copied):
+        batch, _ = other.preprocess(images)
+        spread = other.head(other.features(batch), batch).logits.std()
+        assert (float(spread.detach()) > 0.01) == (other is copied)
 
 
 def test_the_teachers_head_says_the_same_of_a_student_with_its_weights(make: Make):

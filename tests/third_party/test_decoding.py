@@ -12,13 +12,11 @@ from torch import Tensor
 from crosskd_assign import Batch, DensePredictions, DetectorAdapter, EndToEndDetector
 from crosskd_assign.diagnostics import suppress
 from crosskd_assign.end_to_end import top_detections
-from tests.third_party.conftest import CLASSES, MAKERS, SIZE, awake
+from tests.third_party.makers import CLASSES, SIZE, make_detector
 
 
 def built(name: str) -> DetectorAdapter:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return awake(MAKERS[name]()).eval()
+    return make_detector(name).eval()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from coco_reader import locate_split, read_coco
 from scenes import write_scenes
 
-from tests.third_party.conftest import MAKERS
+from tests.third_party.makers import MAKERS
 
 
 @pytest.fixture(scope="module")
