@@ -97,6 +97,7 @@ SETS = {
             **_SMALL,
             "size": 256,
             "backbone": "mobilenet_v2",
+            "backbone_weights": "weights/mobilenet_v2_in1k_tf2.pth",
             "channels": 96,
             "head_convs": 2,
             "train_annotations": "instances_train_person.json",

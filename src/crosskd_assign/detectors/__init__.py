@@ -29,7 +29,8 @@ def adapt(model: nn.Module | DetectorAdapter) -> DetectorAdapter:
         return RetinaNetAdapter(model)
     fix = (
         "subclass DetectorAdapter with features(batch) -> list of maps and head(features, batch) -> DensePredictions, "
-        "and pass MyAdapter(model); a model wrapped by DistributedDataParallel or torch.compile is wrapped after, not "
+        "and pass MyAdapter(model); docs/how-to/your-detector.md shows how, check_adapter tells whether it is right; a "
+        "model wrapped by DistributedDataParallel or torch.compile is wrapped after, not "
         "before"
     )
     got = f"{type(model).__module__}.{type(model).__qualname__}"
