@@ -14,7 +14,6 @@ from tests.small_models import scene, small_fcos
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GUIDES = [page for page in PAGES if page.parent.name == "how-to"]  # their blocks build on one another
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -22,6 +21,8 @@ def blocks(page: Path, language: str) -> list[str]:
     return [code for name, code in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
 
 
+# Guides that show output: their blocks build on one another.
+GUIDES = [page for page in PAGES if page.parent.name == "how-to" and blocks(page, "text")]
 PYTHON = [
     pytest.param(code, id=f"{page.name}-{i}")
     for page in PAGES
