@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -187,14 +187,19 @@ def untouched(adapter: DetectorAdapter) -> Iterator[None]:
         random.setstate(python_state)
         with torch.no_grad():
             for module, before in attributes:
-                vars(module).clear()
-                vars(module).update(before)
+                _restore(vars(module), before)
             for module, before in buffers:
-                module._buffers.clear()
-                module._buffers.update(before)
+                _restore(module._buffers, before)
             for x, value in values:
                 if not torch.equal(x, value):
                     x.copy_(value)
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Bring a dict back to what it held, if it holds anything else."""
+    if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
+        now.clear()
+        now.update(before)

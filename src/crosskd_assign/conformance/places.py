@@ -15,6 +15,7 @@ from .examination import Examination, Finding, Skip, wrong
 __all__ = ["Level", "levels_of", "order", "places", "points"]
 
 SMALLEST = 4  # cells on a side of a map on which places can be told apart
+CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))  # right, down
 FIELDS = ("logits", "boxes", "quality", "distribution")
 
 
@@ -160,33 +161,45 @@ def _offsets(
 ) -> dict[str, dict[str, float]]:
     """For each field and each order one could mean: how far from a changed cell predictions change; 1: anywhere."""
     totals: dict[str, dict[str, list[float]]] = {}
-    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+    for corner in CORNERS:
         cells = {level.index: _cell(level, corner) for level in levels}
-        summed: dict[str, Tensor] = {}
-        for _ in range(2):  # two directions, lest one meets a ReLU that is shut
-            changed = [x.clone() for x in maps]
-            for i, (row, column) in cells.items():
-                spread = _spread(maps[i])[..., 0, 0]
-                changed[i][:, :, row, column] += 3 * torch.randn_like(changed[i][:, :, row, column]) * spread
-            for field, response in _responses(plain, e.head(changed, batch)).items():
-                summed[field] = summed.get(field, torch.zeros_like(response)) + response
-        for level in levels:
-            row, column = cells[level.index]
-            place = torch.tensor([(column + 0.5) * level.stride[0], (row + 0.5) * level.stride[1]])
-            for name, there in _orders(level, plain.points[level.members]).items():
-                distance = (there.double().cpu() - place).norm(dim=1)
-                for field, response in summed.items():
-                    weight = response[level.members].square().cpu()
-                    if float(weight.sum()) > 0:
-                        spread_out = float((weight * distance).sum() / weight.sum() / distance.mean())
-                        totals.setdefault(field, {}).setdefault(name, []).append(spread_out)
-    return {field: {name: sum(v) / len(v) for name, v in named.items()} for field, named in totals.items()}
+        # Twice, lest one direction meets a ReLU that is shut.
+        shaken = [_responses(plain, e.head(_with_cells_shaken(maps, cells), batch)) for _ in range(2)]
+        for field in shaken[0]:
+            response = shaken[0][field] + shaken[1][field]
+            for level in levels:
+                for name, offset in _offset(level, cells[level.index], plain.points, response).items():
+                    totals.setdefault(field, {}).setdefault(name, []).append(offset)
+    return {field: {name: statistics.fmean(v) for name, v in named.items()} for field, named in totals.items()}
+
+
+def _with_cells_shaken(maps: list[Tensor], cells: dict[int, tuple[int, int]]) -> list[Tensor]:
+    """Maps with strong noise in one cell each."""
+    changed = [x.clone() for x in maps]
+    for i, (row, column) in cells.items():
+        cell = changed[i][:, :, row, column]
+        cell += 3 * torch.randn_like(cell) * _spread(maps[i])[..., 0, 0]
+    return changed
+
+
+def _offset(level: Level, cell: tuple[int, int], points: Tensor, response: Tensor) -> dict[str, float]:
+    """Mean distance of changed predictions from a cell, in every order, over that of all predictions of the level."""
+    weight = response[level.members].square().cpu()
+    if float(weight.sum()) == 0:
+        return {}
+    row, column = cell
+    place = torch.tensor([(column + 0.5) * level.stride[0], (row + 0.5) * level.stride[1]])
+    offsets = {}
+    for name, there in _orders(level, points[level.members]).items():
+        distance = (there.double().cpu() - place).norm(dim=1)
+        offsets[name] = float((weight * distance).sum() / weight.sum() / distance.mean())
+    return offsets
 
 
 def _cell(level: Level, corner: tuple[int, int]) -> tuple[int, int]:
     """Row and column of a cell near a corner of a map."""
-    row, column = level.height // 8, level.width // 8
-    return (level.height - 1 - row if corner[0] else row), (level.width - 1 - column if corner[1] else column)
+    (right, down), row, column = corner, level.height // 8, level.width // 8
+    return (level.height - 1 - row if down else row), (level.width - 1 - column if right else column)
 
 
 def _orders(level: Level, declared: Tensor) -> dict[str, Tensor]:
@@ -226,9 +239,6 @@ def _check_offsets(e: Examination, offsets: dict[str, dict[str, float]]) -> None
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
-
-
-CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))  # right, down
 
 
 @torch.no_grad()
