@@ -154,6 +154,9 @@ def _cost(runs: Sequence[Line]) -> str:
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
+    rows = list(rows)
+    if not rows:
+        return "Not run yet."
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
