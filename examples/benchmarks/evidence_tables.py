@@ -178,7 +178,7 @@ def draw(found: Groups, path: Path, data: str) -> None:
     axes.set_yticks(range(len(names)), [title(name) for name in names])
     axes.invert_yaxis()
     axes.set_xlabel(f"AP on {data}, a mark a seed")
-    axes.legend(loc="lower left", fontsize="small")
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
