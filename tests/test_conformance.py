@@ -192,13 +192,13 @@ def test_an_adapter_that_raises_is_reported_with_the_line_and_never_crashes(meth
     assert len(report.checks) == len(CHECKS)
 
 
-@pytest.mark.parametrize("result", [None, "maps", [], [torch.zeros(2, 3, 4, 4).long()]], ids=str)
+@pytest.mark.parametrize("result", [None, [torch.zeros(2, 3, 4, 4).long()]], ids=str)
 @pytest.mark.parametrize("method", ["features", "head", "preprocess", "trunk", "unused_parameters", "restore"])
 def test_nonsense_from_any_method_is_reported(method, result):
     adapter = odd.build()
     setattr(adapter, method, lambda *_: result)
     report = check_adapter(adapter, *pictures())
-    assert not report.ok or (method, result) == ("unused_parameters", []), str(report)
+    assert not report.ok, str(report)
 
 
 def test_images_too_small_to_tell_places_apart_skip_what_needs_them():

@@ -160,7 +160,7 @@ def test_a_torchvision_model_with_a_head_of_its_own_works_but_cannot_be_split():
 # --- crossing there ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 3])
 def test_a_student_equal_to_its_teacher_gets_the_teachers_predictions_and_no_loss(k):
     student = fcos(3)
     teacher = copy.deepcopy(student)
@@ -177,8 +177,7 @@ def test_a_student_equal_to_its_teacher_gets_the_teachers_predictions_and_no_los
 
 
 @pytest.mark.parametrize("alignment", ["statistics", "none"])
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize(("student", "teacher"), [("fcos", "retinanet"), ("retinanet v2", "fcos"), ("fcos", "fcos")])
+@pytest.mark.parametrize(("student", "teacher", "k"), [("fcos", "retinanet", 1), ("retinanet v2", "fcos", 3)])
 def test_cross_predictions_are_the_teachers_tower_from_there_on_upon_the_students_up_to_there(
     student, teacher, k, alignment
 ):
@@ -202,7 +201,7 @@ def test_cross_predictions_are_the_teachers_tower_from_there_on_upon_the_student
     torch.testing.assert_close(cross.logits, torch.cat(rows, dim=1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("loss", ["distill_classification", "distill_bbox_regression"])
 def test_the_cross_loss_teaches_the_trunk_and_the_first_convolutions_of_its_branch_and_nothing_behind(k, loss):
     student = small_retinanet(1, min_size=128, max_size=200)
@@ -433,22 +432,6 @@ def test_measuring_an_entrance_leaves_both_detectors_alone():
     assert student.training
     assert EndToEndDetector(student).model is distiller.detector.model
     torch.testing.assert_close((snapshot(student), snapshot(teacher)), before, atol=0, rtol=0)
-
-
-def test_a_student_learns_through_its_own_convolutions():
-    torch.manual_seed(0)
-    images, targets = scene(SIZES)
-    distiller = CrossHeadDistiller(fcos(1), fcos(2), entry=2)
-    optimizer = torch.optim.AdamW([p for p in distiller.parameters() if p.requires_grad], lr=2e-3)
-    history = []
-    for _ in range(15):
-        losses = distiller(images, targets)
-        optimizer.zero_grad()
-        backward(losses)
-        optimizer.step()
-        history.append({name: float(loss.detach()) for name, loss in losses.items()})
-    assert history[-1]["distill_classification"] < 0.7 * history[0]["distill_classification"]
-    assert sum(history[-1].values()) < 0.7 * sum(history[0].values())
 
 
 def test_grids_of_the_split_head_are_those_of_the_whole_one():
