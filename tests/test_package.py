@@ -40,7 +40,9 @@ FLOORS = [
     {"end_to_end"},
     {"inheritance"},
     {"distiller"},
-    {"diagnostics", "export"},
+    {"diagnostics", "tensors"},
+    {"parity"},
+    {"export"},
     {"__init__"},
 ]
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}

@@ -10,8 +10,10 @@ from .assigner import TaskAwareOneToOneAssigner
 from .detectors import DetectorAdapter, adapt
 from .distiller import CrossHeadDistiller
 from .end_to_end import EndToEndDetector
+from .export import ExportReport, export_onnx
 from .inheritance import Inheritance, inherit
 from .structures import Assignment, Batch, DensePredictions, Detection, GridLevel, Target
+from .tensors import TensorDetector
 
 __version__ = "0.1.0"
 
@@ -23,14 +25,17 @@ __all__ = [
     "Detection",
     "DetectorAdapter",
     "EndToEndDetector",
+    "ExportReport",
     "FeatureAligner",
     "GridLevel",
     "Inheritance",
     "Target",
     "TaskAwareOneToOneAssigner",
+    "TensorDetector",
     "adapt",
     "diagnostics",
     "errors",
+    "export_onnx",
     "functional",
     "inherit",
 ]
