@@ -41,7 +41,9 @@ FLOORS = [
     {"end_to_end"},
     {"inheritance", "crossing"},
     {"distiller"},
-    {"diagnostics", "export", "conformance"},
+    {"diagnostics", "tensors", "conformance"},
+    {"parity"},
+    {"export"},
     {"__init__"},
 ]
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}

@@ -11,8 +11,10 @@ from .conformance import AdapterReport, check_adapter
 from .detectors import DetectorAdapter, adapt
 from .distiller import CrossHeadDistiller
 from .end_to_end import EndToEndDetector
+from .export import ExportReport, export_onnx
 from .inheritance import Inheritance, inherit
 from .structures import Assignment, Batch, DensePredictions, Detection, GridLevel, Target
+from .tensors import TensorDetector
 
 __version__ = "0.1.0"
 
@@ -25,15 +27,18 @@ __all__ = [
     "Detection",
     "DetectorAdapter",
     "EndToEndDetector",
+    "ExportReport",
     "FeatureAligner",
     "GridLevel",
     "Inheritance",
     "Target",
     "TaskAwareOneToOneAssigner",
+    "TensorDetector",
     "adapt",
     "check_adapter",
     "diagnostics",
     "errors",
+    "export_onnx",
     "functional",
     "inherit",
 ]

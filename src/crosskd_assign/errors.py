@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CrossKDError",
     "DetectorError",
+    "ExportError",
     "ImageError",
     "IncompatibleDetectorsError",
     "MissingTeacherError",
@@ -49,6 +50,10 @@ class IncompatibleDetectorsError(DetectorError):
 
 class MissingTeacherError(CrossKDError):
     """A copied or unpickled distiller was asked to train; the teacher never travels with it."""
+
+
+class ExportError(CrossKDError):
+    """No ONNX file was written: a package is missing, the detector cannot be traced, or the file disagrees with it."""
 
 
 def problem(expected: str, got: str, where: str, fix: str) -> str:

@@ -55,5 +55,6 @@ def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def scale(boxes: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Boxes ``(…, 4)`` carried from an image of ``source = (height, width)`` to the same image at ``target``."""
-    y, x = target[0] / source[0], target[1] / source[1]
-    return boxes * boxes.new_tensor([x, y, x, y])
+    x = boxes[..., 0::2] * (target[1] / source[1])
+    y = boxes[..., 1::2] * (target[0] / source[0])
+    return torch.stack([x, y], dim=-1).flatten(-2)

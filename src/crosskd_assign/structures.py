@@ -46,7 +46,7 @@ class Batch:
 
     Attributes:
         images: ``(N, 3, H, W)`` in 0…1, padded with zeros at the right and the bottom.
-        sizes: ``(height, width)`` of every image inside its padding.
+        sizes: ``(height, width)`` of every image inside its padding, or a single one that all images share.
         original_sizes: ``(height, width)`` of every image as it came in; detections are returned in these coordinates.
     """
 
@@ -89,7 +89,7 @@ class GridLevel:
         """Positions of the predictions, ``(len(self), 2)`` float32 ``x, y`` pixels."""
         x = torch.arange(self.width, dtype=torch.float32, device=device) * self.step[0] + self.origin[0]
         y = torch.arange(self.height, dtype=torch.float32, device=device) * self.step[1] + self.origin[1]
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H, W, 2)
+        grid = torch.stack([x.expand(self.height, -1), y[:, None].expand(-1, self.width)], dim=-1)  # (H, W, 2)
         return grid.reshape(-1, 2).repeat_interleave(self.anchors, dim=0)
 
 
@@ -129,7 +129,9 @@ class DensePredictions:
         """Predictions on regular grids; points and strides follow from ``levels``."""
         device = boxes.device
         points = torch.cat([level.points(device) for level in levels])
-        strides = torch.cat([points.new_full((len(level),), level.stride) for level in levels])
+        # Not len(level): that is a Python integer, and would fix a size that a tracer leaves open.
+        counts = [level.height * level.width * level.anchors for level in levels]
+        strides = torch.cat([points.new_full((n,), level.stride) for n, level in zip(counts, levels, strict=True)])
         return cls(logits, boxes, points, strides, quality, distribution, tuple(levels))
 
 

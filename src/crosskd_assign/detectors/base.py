@@ -140,8 +140,8 @@ class DetectorAdapter(nn.Module, ABC):
         if isinstance(images, Tensor) and not any(s % self.size_divisible for s in images.shape[-2:]):
             return images
         d = self.size_divisible
-        height = -(-max(image.shape[-2] for image in images) // d) * d
-        width = -(-max(image.shape[-1] for image in images) // d) * d
+        height = (max(image.shape[-2] for image in images) + d - 1) // d * d
+        width = (max(image.shape[-1] for image in images) + d - 1) // d * d
         return torch.stack(
             [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
         )
@@ -151,11 +151,17 @@ class DetectorAdapter(nn.Module, ABC):
         images = batch.images
         x = (images - self.image_mean.to(images)) / self.image_std.to(images)
         height, width = x.shape[-2:]
+        shared = len(batch.sizes) == 1
+        if shared and torch.compiler.is_compiling():  # compared in the graph, because sizes may be open here
+            ((h, w),) = batch.sizes
+            rows, columns = (torch.arange(n, device=x.device) < m for n, m in ((height, h), (width, w)))
+            return x * rows[:, None] * columns
         for i, (h, w) in enumerate(batch.sizes):
+            image = x if shared else x[i]
             if h < height:
-                x[i, :, h:] = 0
+                image[..., h:, :] = 0
             if w < width:
-                x[i, :, :, w:] = 0
+                image[..., w:] = 0
         return x
 
     def restore(self, detections: list[Detection], batch: Batch) -> list[Detection]:
@@ -163,7 +169,8 @@ class DetectorAdapter(nn.Module, ABC):
         restored: list[Detection] = []
         for detection, size, original in zip(detections, batch.sizes, batch.original_sizes, strict=True):
             boxes = clip(detection["boxes"], size)
-            restored.append({**detection, "boxes": boxes if size == original else scale(boxes, size, original)})
+            same = size is original or (not torch.compiler.is_compiling() and size == original)
+            restored.append({**detection, "boxes": boxes if same else scale(boxes, size, original)})
         return restored
 
     def trunk(self) -> nn.Module:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 
@@ -46,12 +47,26 @@ class _TorchvisionAdapter(DetectorAdapter):
         moved: list[Target] = []
         for i, image in enumerate(images):
             target = None if targets is None else dict(targets[i])
-            small, small_target = self.model.transform.resize(image, target)
+            small, small_target = self._resize(image, target)
             resized.append(small)
             moved.append(small_target)
         sizes = tuple((image.shape[-2], image.shape[-1]) for image in resized)
         original_sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
         return Batch(self.pad(resized), sizes, original_sizes), None if targets is None else moved
+
+    def _resize(self, image: Tensor, target: dict[str, Any] | None) -> tuple[Tensor, Any]:
+        transform = self.model.transform
+        if target is not None or transform.fixed_size is not None or isinstance(sum(image.shape[-2:]), int):
+            return transform.resize(image, target)  # type: ignore[no-any-return]
+        # A size that a tracer leaves open. torchvision compares it in Python, which would fix it; in float64 as there,
+        # because in float32 some sizes come out a pixel off.
+        h, w, short, long = (
+            torch.full((), side, dtype=torch.float64)
+            for side in (*image.shape[-2:], transform.min_size[-1], transform.max_size)
+        )
+        ratio = torch.minimum(short / torch.minimum(h, w), long / torch.maximum(h, w))
+        size: list[Any] = [(side * ratio).floor().long().item() for side in (h, w)]
+        return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0], None
 
     def features(self, batch: Batch) -> list[Tensor]:
         """The feature pyramid of the model's backbone."""
@@ -108,7 +123,7 @@ class _TorchvisionAdapter(DetectorAdapter):
             strict=True,
         ):
             height, width = feature.shape[-2:]
-            step = (float(image_width // width), float(image_height // height))
+            step: tuple[Any, Any] = (torch.sym_float(image_width // width), torch.sym_float(image_height // height))
             levels.append(GridLevel(height, width, self._stride(step, size), step, (0.0, 0.0), anchors))
         return tuple(levels)
 
@@ -118,7 +133,7 @@ class _TorchvisionAdapter(DetectorAdapter):
     def _anchor_boxes(self, levels: tuple[GridLevel, ...], device: torch.device) -> Tensor:
         """Anchors ``(A, 4)`` in float32; torchvision would make them in the dtype of the features, even bfloat16."""
         key = (levels, device)
-        anchors = self._anchors.get(key)
+        anchors = None if torch.compiler.is_compiling() else self._anchors.get(key)  # traced sizes have no hash
         if anchors is None:
             with torch.inference_mode(False), torch.no_grad():  # a cached inference tensor could not be trained with
                 generator = self.model.anchor_generator
@@ -172,7 +187,7 @@ class RetinaNetAdapter(_TorchvisionAdapter):
     def _decode(self, output: dict[str, Tensor], features: list[Tensor], batch: Batch) -> DensePredictions:
         levels = self._grid(features, batch)
         offsets = at_least_float32(output["bbox_regression"])
-        n = len(offsets)
+        n = offsets.shape[0]
         anchors = self._anchor_boxes(levels, offsets.device).to(offsets.dtype).repeat(n, 1)
         boxes = self.model.box_coder.decode_single(offsets.reshape(-1, 4), anchors).reshape(n, -1, 4)
         return DensePredictions.on_grid(output["cls_logits"], boxes, levels)
