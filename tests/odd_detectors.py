@@ -370,7 +370,7 @@ class AlwaysTraining(Good):
 
 
 class SplitWrongly(Good):
-    max_entry = 1  # type: ignore[assignment]
+    max_entry = 1
 
     def head_stem(self, features: list[Tensor], k: int) -> dict[str, list[Tensor]]:
         return {"tower": [self.model.tower(x) for x in features]}

@@ -86,12 +86,16 @@ def test_the_distiller_adds_it_where_it_is_weighted():
 
 
 @pytest.mark.parametrize("branch", ["distribution", "quality"])
-def test_a_weighted_branch_that_the_teachers_head_has_not_is_refused(branch):
+def test_a_branch_that_the_teachers_head_has_not_is_refused_even_if_it_is_weighted_later(branch):
     class Bare(TinyAdapter):
         def head(self, features, batch):
             return replace(super().head(features, batch), quality=None)
 
-    distiller = CrossHeadDistiller(tiny_detector(0), Bare(tiny_detector(1).model), **{f"{branch}_weight": 0.5})
+    teacher = Bare(tiny_detector(1).model)
+    with pytest.raises(IncompatibleDetectorsError, match=f"a head that predicts {branch}"):
+        CrossHeadDistiller(tiny_detector(0), teacher, **{f"{branch}_weight": 0.5})
+    distiller = CrossHeadDistiller(tiny_detector(0), teacher)
+    setattr(distiller, f"{branch}_weight", 0.5)
     targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])} for _ in range(2)]
     with pytest.raises(IncompatibleDetectorsError, match=f"a head that predicts {branch}"):
         distiller(random_images(), targets)

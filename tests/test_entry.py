@@ -267,7 +267,7 @@ class SplitTiny(TinyAdapter):
     """One tower for both branches, split in front of an activation which may work in place; see also ``broken``."""
 
     broken = False
-    max_entry = 1  # type: ignore[assignment]
+    max_entry = 1
 
     def head_stem(self, features: list[Tensor], k: int) -> dict[str, list[Tensor]]:
         if isinstance(self.model.tower[2], nn.ReLU) and self.model.tower[2].inplace:

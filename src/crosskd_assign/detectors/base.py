@@ -47,7 +47,12 @@ class DetectorAdapter(nn.Module, ABC):
         image_mean: Per-channel mean of its input normalisation, for pixels in 0…1.
         image_std: Per-channel standard deviation of its input normalisation.
         size_divisible: Images are padded to a multiple of this many pixels.
+
+    Attributes:
+        max_entry: How many convolutions `head_stem` can run at most; 0, the default, for a head that cannot be split.
     """
+
+    max_entry: int = 0
 
     def __init__(
         self,
@@ -182,11 +187,6 @@ class DetectorAdapter(nn.Module, ABC):
         return ()
 
     # --- heads that can be entered further in, for ``CrossHeadDistiller(entry=k)`` -----------------------------------
-
-    @property
-    def max_entry(self) -> int:
-        """How many convolutions `head_stem` can run at most; 0, the default, for a head that cannot be split."""
-        return 0
 
     def head_stem(self, features: list[Tensor], k: int) -> dict[str, list[Tensor]]:
         """The first part of the head: ``k`` convolutions of every branch, with what follows each of them.

@@ -79,7 +79,7 @@ class _TorchvisionAdapter(DetectorAdapter):
         return backbone
 
     @property
-    def max_entry(self) -> int:
+    def max_entry(self) -> int:  # type: ignore[override]  # read-only, because it follows from the head
         """The convolutions of the towers; 0 for a head that is not made of torchvision's two."""
         towers = [getattr(branch, "conv", None) for branch in self._branches().values()]
         if len(towers) != len(_BRANCHES) or not all(isinstance(tower, nn.Sequential) for tower in towers):
