@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crosskd_assign import AdapterReport, DetectorAdapter, EndToEndDetector, Target, adapt, check_adapter
 from crosskd_assign.conformance import CHECKS
 from crosskd_assign.errors import DetectorError, ImageError, TargetError
+from tests import odd_behaviour as worse
 from tests import odd_detectors as odd
 from tests.builders import tiny_detector
 from tests.small_models import MAKERS, scene, small_fcos, snapshot
@@ -107,22 +108,22 @@ BAD: list[tuple[type[odd.Good], str, str]] = [
     (odd.RowsFirst, "boxes", r"looks like y1, x1, y2, x2"),
     (odd.OffsetsOnly, "boxes", r"looks like offsets from their points.*add the points"),
     (odd.NegativeSides, "boxes", r"x1 < x2.*corners the wrong way round.*exp or relu"),
-    (odd.RawWhileTraining, "training mode", r"decode boxes to pixels in both modes"),
-    (odd.AnotherTypeWhileTraining, "training mode", r"DensePredictions in both modes, but got tuple"),
-    (odd.BoxesDetached, "gradient", r"boxes with a gradient to the maps.*BoxesDetached\.head\(\)\.boxes"),
-    (odd.Remembers, "arguments", r"another features\(\) call.*remember nothing"),
-    (odd.Random, "arguments", r"equal predictions on equal maps"),
-    (odd.ImagesMixed, "batches", r"depend on no other image"),
-    (odd.AlwaysTraining, "batches", r"norms in evaluation mode"),
-    (odd.SplitWrongly, "entry", r"head_rest\(head_stem\(maps, k\), k, batch\).*k=1"),
-    (odd.UnusedBranch, "unused parameters", r"none for auxiliary\.weight, auxiliary\.bias.*DistributedDataParallel"),
-    (odd.UsedDeclaredUnused, "unused parameters", r"one for sides\.weight, sides\.bias.*leave them out"),
-    (odd.ForeignUnused, "unused parameters", r"parameters of the model, but got 2 of something else"),
-    (odd.EmptyTrunk, "trunk", r"Identity without any"),
-    (odd.OtherTrunk, "trunk", r"parameters of something else"),
-    (odd.KeepsGraph, "copy", r"a copy, but got RuntimeError: Only Tensors created explicitly.*in an attribute"),
-    (odd.RunsAnother, "copy", r"runs the original's.*self\.model"),
-    (odd.FixedType, "dtype", r"RuntimeError.*new_tensor"),
+    (worse.RawWhileTraining, "training mode", r"decode boxes to pixels in both modes"),
+    (worse.AnotherTypeWhileTraining, "training mode", r"DensePredictions in both modes, but got tuple"),
+    (worse.BoxesDetached, "gradient", r"boxes with a gradient to the maps.*BoxesDetached\.head\(\)\.boxes"),
+    (worse.Remembers, "arguments", r"another features\(\) call.*remember nothing"),
+    (worse.Random, "arguments", r"equal predictions on equal maps"),
+    (worse.ImagesMixed, "batches", r"depend on no other image"),
+    (worse.AlwaysTraining, "batches", r"norms in evaluation mode"),
+    (worse.SplitWrongly, "entry", r"head_rest\(head_stem\(maps, k\), k, batch\).*k=1"),
+    (worse.UnusedBranch, "unused parameters", r"none for auxiliary\.weight, auxiliary\.bias.*DistributedDataParallel"),
+    (worse.UsedDeclaredUnused, "unused parameters", r"one for sides\.weight, sides\.bias.*leave them out"),
+    (worse.ForeignUnused, "unused parameters", r"parameters of the model, but got 2 of something else"),
+    (worse.EmptyTrunk, "trunk", r"Identity without any"),
+    (worse.OtherTrunk, "trunk", r"parameters of something else"),
+    (worse.KeepsGraph, "copy", r"a copy, but got RuntimeError: Only Tensors created explicitly.*in an attribute"),
+    (worse.RunsAnother, "copy", r"runs the original's.*self\.model"),
+    (worse.FixedType, "dtype", r"RuntimeError.*new_tensor"),
 ]
 
 
@@ -157,9 +158,9 @@ def test_a_normalisation_of_another_range_is_named(options, words):
     ("kind", "check", "words"),
     [
         (odd.SidesInPixels, "boxes", "boxes are as large at stride 32 as at 8"),
-        (odd.NoAutocast, "autocast", "fails under bfloat16 autocast (RuntimeError: no kernel for bfloat16)"),
-        (odd.Locked, "pickle", "cannot be pickled"),
-        (odd.EditsMaps, "in-place", "begins with an in-place operation"),
+        (worse.NoAutocast, "autocast", "fails under bfloat16 autocast (RuntimeError: no kernel for bfloat16)"),
+        (worse.Locked, "pickle", "cannot be pickled"),
+        (worse.EditsMaps, "in-place", "begins with an in-place operation"),
     ],
 )
 def test_what_is_no_fault_is_a_note(kind, check, words):
@@ -182,12 +183,12 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_that_raises_is_reported_with_the_line_and_never_crashes(method):
-    adapter = odd.build(odd.Raises)
+    adapter = odd.build(worse.Raises)
     adapter.where = method  # type: ignore[attr-defined]
     report = check_adapter(adapter, *pictures())
     assert METHODS[method] in [problem.name for problem in report.problems]
     text = sentence(report, METHODS[method])
-    assert f"ZeroDivisionError: {method} is broken (odd_detectors.py, line " in text
+    assert f"ZeroDivisionError: {method} is broken (odd_behaviour.py, line " in text
     assert "second line" not in text
     assert len(report.checks) == len(CHECKS)
 
@@ -246,7 +247,8 @@ def attributes(adapter: DetectorAdapter) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "kind", [odd.Good, odd.Remembers, odd.NotANumber, odd.AlwaysTraining, odd.KeepsGraph, odd.OddSizesFail, odd.Raises]
+    "kind",
+    [odd.Good, worse.Remembers, odd.NotANumber, worse.AlwaysTraining, worse.KeepsGraph, odd.OddSizesFail, worse.Raises],
 )
 def test_the_adapter_and_the_random_state_come_out_as_they_went_in(kind):
     adapter = odd.build(kind)
@@ -257,7 +259,7 @@ def test_the_adapter_and_the_random_state_come_out_as_they_went_in(kind):
     adapter.model.classes.requires_grad_(False)
     for i, parameter in enumerate(adapter.model.sides.parameters()):
         parameter.grad = torch.full_like(parameter, float(i))
-    if kind is odd.Raises:
+    if kind is worse.Raises:
         adapter.where = "head"  # type: ignore[attr-defined]
     images, targets = pictures()
     kept = [x.clone() for x in [*images, *(t["boxes"] for t in targets), *(t["labels"] for t in targets)]]
