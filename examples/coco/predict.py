@@ -1,6 +1,7 @@
-"""Detect objects in pictures with a finished run, and draw what was found.
+"""Detect objects in pictures with a finished run or an exported file, and draw what was found.
 
 python examples/coco/predict.py --run runs/demo/student --output runs/demo/pictures data/demo/val
+python examples/coco/predict.py --model student.onnx --output runs/demo/pictures data/demo/val
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from arms import Arm
+from onnx_model import OnnxDetector
 from pictures import draw_predictions
 from PIL import Image
 from runs import RunError, load_model, write_json
@@ -24,7 +27,7 @@ from torchvision.transforms import v2
 from crosskd_assign import Detection, adapt
 from crosskd_assign.diagnostics import one_to_many_detections
 
-__all__ = ["find_images", "main", "picture_paths", "predict", "read_image"]
+__all__ = ["find_images", "load_run", "main", "picture_paths", "predict", "read_image"]
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -86,11 +89,25 @@ def predict(arm: Arm, images: Sequence[Tensor], *, nms_threshold: float | None =
     return one_to_many_detections(arm.adapter, predictions, batch, nms_threshold=nms_threshold)
 
 
+def load_run(run: Path, device: str) -> tuple[Callable[[Sequence[Tensor]], list[Detection]], dict[int, str]]:
+    """The detector of a run, and the name of each of its labels.
+
+    Raises:
+        RunError: The folder holds no finished run.
+    """
+    model, spec = load_model(run)
+    arm = Arm(model.to(device), adapt(model), one_to_many=spec.one_to_many).eval()
+    nms_threshold = 0.6 if spec.one_to_many else None  # only a one-to-many detector needs it
+    return partial(predict, arm, nms_threshold=nms_threshold), spec.label_to_name
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of them")
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="folder of a finished run")
+    source.add_argument("--model", type=Path, help="ONNX file that export.py wrote; runs on the CPU")
     parser.add_argument("--output", type=Path, required=True, help="folder for detections.json and pictures")
     parser.add_argument("--score-threshold", type=float, default=0.3, help="leave out weaker detections (0.3)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (8)")
@@ -100,23 +117,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         paths = find_images(options.images)[: options.limit]
         pictures = picture_paths(paths, options.output)
-        model, spec = load_model(options.run)
-        arm = Arm(model.to(options.device), adapt(model), one_to_many=spec.one_to_many).eval()
-        # Only a one-to-many detector needs it.
-        nms_threshold = 0.6 if spec.one_to_many else None
+        if options.model is None:
+            detect, class_names = load_run(options.run, options.device)
+        else:
+            detect = exported = OnnxDetector(options.model)
+            class_names = exported.class_names
         options.output.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = []
         for start in range(0, len(paths), options.batch_size):
             chunk = paths[start : start + options.batch_size]
             images = [read_image(path) for path in chunk]
-            detections = predict(arm, [image.to(options.device) for image in images], nms_threshold=nms_threshold)
+            detections = detect([image.to(options.device) for image in images])
             for n, (path, image, detection) in enumerate(zip(chunk, images, detections, strict=True), start):
                 strong = _above(detection, options.score_threshold)
-                names = [spec.label_to_name.get(label, str(label)) for label in strong["labels"].tolist()]
+                names = [class_names.get(label, str(label)) for label in strong["labels"].tolist()]
                 boxes, scores = strong["boxes"].tolist(), strong["scores"].tolist()
                 rows.append({"image": str(path), "boxes": boxes, "scores": scores, "names": names})
                 title = f"{path.name}: {len(names)} found"
-                draw_predictions(pictures[n], [image], [(title, [strong])], spec.label_to_name, 0.0)
+                draw_predictions(pictures[n], [image], [(title, [strong])], class_names, 0.0)
         write_json(options.output / "detections.json", rows)
     except ValueError as error:  # everything that is the user's to mend
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,98 @@
+"""Write the detector of a finished run as one ONNX file: pixels in, boxes out, no NMS.
+
+python examples/coco/export.py runs/demo/student --output student.onnx
+python examples/coco/predict.py --model student.onnx --output runs/demo/pictures data/demo/val
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runs import RunError, load_model
+
+from crosskd_assign import EndToEndDetector, ExportReport, export_onnx
+from crosskd_assign.tensors import Preprocessing
+
+__all__ = ["export", "main"]
+
+
+def export(
+    run: Path,
+    path: Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    preprocessing: Preprocessing = "inside",
+    top_k: int = 100,
+    opset: int = 18,
+) -> ExportReport:
+    """Export the detector of a run, with the names of its classes and the size it was trained at.
+
+    Raises:
+        RunError: There is no finished run, or its detector needs NMS.
+    """
+    model, spec = load_model(run)
+    if spec.one_to_many:
+        raise RunError(
+            f"Expected a detector that needs no NMS, but got a one-to-many run ({run}). Fix: export one trained "
+            "with --arm one-to-one or cross-head."
+        )
+    return export_onnx(
+        EndToEndDetector(model, top_k=top_k),
+        path,
+        image_size=image_size,
+        preprocessing=preprocessing,
+        class_names=spec.label_to_name,
+        metadata={"architecture": spec.architecture, "backbone": spec.backbone, "size": str(spec.size)},
+        opset=opset,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--output", type=Path, default=None, help="file to write (model.onnx in the run's folder)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="only images of this size, pixels")
+    size.add_argument("--dynamic-size", action="store_true", help="images of any size (the default)")
+    parser.add_argument(
+        "--preprocessing",
+        choices=("inside", "outside"),
+        default="inside",
+        help="inside: images as they come; outside: already resized and padded (inside)",
+    )
+    parser.add_argument("--top-k", type=int, default=100, help="detections an image (100)")
+    parser.add_argument("--opset", type=int, default=18, help="ONNX operator set (18)")
+    options = parser.parse_args(arguments)
+    path = options.output or options.run / "model.onnx"
+    try:
+        report = export(
+            options.run,
+            path,
+            image_size=None if options.size is None else tuple(options.size),
+            preprocessing=options.preprocessing,
+            top_k=options.top_k,
+            opset=options.opset,
+        )
+    except (ValueError, OSError) as error:  # everything that is the user's to mend
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    summary = {
+        "file": str(path),
+        "megabytes": round(path.stat().st_size / 2**20, 1),
+        "input": report.input_shape,
+        "detections": report.detections,
+        "checked": report.batches,
+        "score_difference": report.score_difference,
+        "box_difference_px": report.box_difference,
+    }
+    print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
