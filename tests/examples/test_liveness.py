@@ -14,7 +14,7 @@ def test_a_silent_distillation_loss_is_noticed(
     workshop, teacher, no_pictures, tmp_path, monkeypatch, capsys, checks, code
 ):
     monkeypatch.setattr(training, "DEAD_CHECKS", checks)
-    monkeypatch.setattr(arms.FeatureImitation, "distillation_losses", silent)
+    monkeypatch.setattr(arms.StandardisedImitation, "distillation_losses", silent)
     options = {"arm": "feature-imitation", "teacher": teacher, "batch_size": 4}
     assert workshop.train(tmp_path / "run", **options) == code
     if code:
