@@ -27,7 +27,7 @@ from evaluate import evaluate, table
 
 from crosskd_assign import CrossHeadDistiller, DetectorAdapter, Target
 
-__all__ = ["DETECTORS", "TRAINED", "main", "train"]
+__all__ = ["DETECTORS", "TRAINED", "batches", "main", "run", "train"]
 
 # The file of each detector's adapter, options of its `build`, and further ones for the student.
 DETECTORS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
@@ -56,16 +56,8 @@ def batches(index: CocoIndex, channels: Mapping[int, int], *, size: int, batch_s
     dataset = CocoDataset(index, augmentation(size, "flip"), seed=seed, cache=True)
     sampler = ResumableSampler(len(dataset), batch_size, seed=seed)
     for images, targets in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate):
-        yield (
-            images,
-            [
-                {
-                    "boxes": t["boxes"],
-                    "labels": torch.tensor([channels[n] for n in t["labels"].tolist()], dtype=torch.int64),
-                }
-                for t in targets
-            ],
-        )
+        labels = [torch.tensor([channels[n] for n in t["labels"].tolist()], dtype=torch.int64) for t in targets]
+        yield images, [{"boxes": t["boxes"], "labels": n} for t, n in zip(targets, labels, strict=True)]
 
 
 def train(module: nn.Module, loss: Loss, data: Batches, *, steps: int, lr: float) -> list[dict[str, float]]:
@@ -104,9 +96,8 @@ def _mean(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(step[name] for step in history) / len(history) for name in history[0]}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the script."""
-    options = _options(arguments)
+def run(options: argparse.Namespace) -> None:
+    """Train a teacher and a student, and print what came of it."""
     torch.manual_seed(options.seed)
     index = read_coco(*locate_split(options.data_path, "train", options.train_annotations))
     val = read_coco(*locate_split(options.data_path, "val", options.val_annotations))
@@ -115,16 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     channels = {label: channel_of[category] for label, category in index.label_to_category.items()}
     data = batches(index, channels, size=options.size, batch_size=options.batch_size, seed=options.seed)
     if options.detector in DETECTORS:
-        own_loss = import_module(DETECTORS[options.detector][0]).own_loss
-        train(
-            teacher, lambda *batch: {"own loss": own_loss(teacher, *batch)}, data, steps=options.teacher_steps, lr=1e-3
-        )
+        own = import_module(DETECTORS[options.detector][0]).own_loss
+        train(teacher, lambda *batch: {"own loss": own(teacher, *batch)}, data, steps=options.teacher_steps, lr=1e-3)
     if options.start == "teacher":
         student.model.load_state_dict(teacher.model.state_dict())
 
     distiller = CrossHeadDistiller(student, teacher)
     distiller.distillation_weight = options.distillation
     history = train(distiller, distiller, data, steps=options.steps, lr=options.lr)
+
     tenth = max(1, options.steps // 10)
     for name, first in _mean(history[:tenth]).items():
         print(f"{name}: {first:.3f} in the first {tenth} steps, {_mean(history[-tenth:])[name]:.3f} in the last")
@@ -136,6 +126,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows))
     if options.output is not None:
         torch.save(student.model.state_dict(), options.output)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the script."""
+    options = _options(arguments)
+    try:
+        run(options)
+    except (ValueError, OSError, ImportError) as error:  # data, weights or a package that is not there
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -164,7 +164,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="images of a step (8)")
     parser.add_argument("--teacher-steps", type=int, default=600, help="of one-to-many training (600)")
     parser.add_argument("--steps", type=int, default=600, help="of distillation (600)")
-    parser.add_argument("--start", choices=["teacher", "fresh"], default="teacher", help="the student's first weights")
+    parser.add_argument(
+        "--start",
+        choices=["teacher", "fresh"],
+        default="teacher",
+        help="first weights of the student; nanodet and yolox always have COCO's",
+    )
     parser.add_argument(
         "--distillation", type=float, default=1.0, help="weight of what the teacher says; 0: one-to-one alone"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import distill
 import pytest
 import torch
@@ -53,3 +55,11 @@ def test_training_lowers_a_loss_and_reports_every_step():
     )
     assert len(history) == 40
     assert history[-1]["square"] < 0.5 * history[0]["square"]
+
+
+def test_a_folder_without_data_and_a_package_that_is_not_there_end_with_a_sentence(data, tmp_path, capsys, monkeypatch):
+    assert distill.main(["--detector", "ssdlite", "--data-path", str(tmp_path)]) == 2
+    assert "error: Expected an image folder and its annotation file" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "effdet", None)
+    assert distill.main(["--detector", "effdet", "--data-path", str(data)]) == 2
+    assert "error: import of effdet halted" in capsys.readouterr().err
