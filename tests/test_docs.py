@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from crosskd_assign import CrossHeadDistiller
 from tests.small_models import scene, small_fcos
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -20,7 +21,14 @@ def blocks(page: Path, language: str) -> list[str]:
     return [code for name, code in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
 
 
-PYTHON = [pytest.param(code, id=f"{page.name}-{i}") for page in PAGES for i, code in enumerate(blocks(page, "python"))]
+# Guides that show output: their blocks build on one another.
+GUIDES = [page for page in PAGES if page.parent.name == "how-to" and blocks(page, "text")]
+PYTHON = [
+    pytest.param(code, id=f"{page.name}-{i}")
+    for page in PAGES
+    if page not in GUIDES
+    for i, code in enumerate(blocks(page, "python"))
+]
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -28,6 +36,22 @@ def test_python_blocks_run_by_themselves(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(compile(code, "block", "exec", dont_inherit=True), {"__name__": "block"})  # noqa: S102
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda page: page.stem)
+def test_a_guide_runs_from_top_to_bottom_and_prints_what_it_shows(guide, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("guide")  # a module, as a script is one, so that its classes can be pickled
+    monkeypatch.setitem(sys.modules, "guide", module)
+    compared = 0
+    for language, code in FENCE.findall(guide.read_text(encoding="utf-8")):
+        if language == "python":
+            capsys.readouterr()
+            exec(compile(code, guide.name, "exec", dont_inherit=True), vars(module))  # noqa: S102
+        elif language == "text":
+            assert capsys.readouterr().out == code
+            compared += 1
+    assert compared
 
 
 def test_the_readme_shows_python_that_is_run():
