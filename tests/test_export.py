@@ -320,6 +320,7 @@ SMALL: dict[str, Any] = {"image_size": (32, 64)}
 IMAGE = torch.rand(3, 32, 64, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_constant_scores_are_exported_although_every_one_ties(tmp_path):
     detector = one_pixel()
     nn.init.zeros_(detector.model.conv.weight[:2])

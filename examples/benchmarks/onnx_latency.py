@@ -2,9 +2,10 @@
 
 python examples/benchmarks/onnx_latency.py --output onnx_latency.json      # needs pip install -e ".[export]"
 
-Three files are made of each network. "top-k" is `export_onnx`. "NMS node" is the leanest usual way: one
+Four files are made of each network. "top-k" is `export_onnx`. "NMS node" is the leanest usual way: one
 NonMaxSuppression node behind the scores, threshold 0.05, IoU 0.6. "torchvision" is torchvision's own FCOS, written by
-torch's TorchScript exporter: threshold 0.05, 1,000 candidates a level, IoU 0.6.
+torch's TorchScript exporter: threshold 0.05, 1,000 candidates a level, IoU 0.6. "network alone" ends where boxes are
+decoded: no way to detect can be faster.
 
 What NMS costs depends on how much there is to suppress, so objects are planted: the network runs as it is, and a
 constant is added to what its head says, so that the points within 1.5 strides of an object's centre say its class and,
@@ -33,7 +34,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, fcos_resnet50_fpn
 
-from crosskd_assign import EndToEndDetector, TensorDetector, export_onnx
+from crosskd_assign import DensePredictions, EndToEndDetector, TensorDetector, export_onnx
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "coco"))
 
@@ -101,17 +102,30 @@ class Planted(nn.Module):
         }
 
 
-class Dense(nn.Module):
-    """All boxes ``(1, A, 4)`` and scores ``(1, C, A)`` of a detector, as a NonMaxSuppression node takes them."""
+class Raw(nn.Module):
+    """What the network says, with boxes decoded, and nothing behind it."""
 
     def __init__(self, model: FCOS) -> None:
         super().__init__()
         self.view = TensorDetector(EndToEndDetector(model).eval())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes and scores of one image."""
+        """Boxes ``(1, A, 4)`` and class logits ``(1, A, C)`` of one image."""
+        predictions = self.predictions(images)
+        return predictions.boxes, predictions.logits
+
+    def predictions(self, images: Tensor) -> DensePredictions:
+        """Of one image."""
         adapter, batch = self.view.adapter, self.view.prepare(images)
-        predictions = adapter.head(adapter.features(batch), batch)
+        return adapter.head(adapter.features(batch), batch)
+
+
+class Dense(Raw):
+    """All boxes ``(1, A, 4)`` and scores ``(1, C, A)`` of a detector, as a NonMaxSuppression node takes them."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes and scores of one image."""
+        predictions = self.predictions(images)
         quality = predictions.logits.new_zeros(()) if predictions.quality is None else predictions.quality
         scores = (predictions.logits.sigmoid() * quality.sigmoid()[..., None]).sqrt()
         return predictions.boxes, scores.transpose(1, 2)
@@ -124,12 +138,18 @@ def write_top_k(model: FCOS, objects: int, image: Tensor, path: Path) -> None:
     export_onnx(detector, path, image_size=(height, width), batch_size=1, images=[image])
 
 
-def write_nms_node(model: FCOS, objects: int, image: Tensor, path: Path) -> None:
-    """The network, a NonMaxSuppression node, and the best of what it leaves."""
+def write_network(model: FCOS, objects: int, image: Tensor, path: Path) -> None:
+    """What no way to detect can leave out."""
+    del objects
+    write(Raw(model), image, path)
+
+
+def write(module: nn.Module, image: Tensor, path: Path) -> None:
+    """A module as it is."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            Dense(model).eval(),
+            module.eval(),
             (image[None],),
             input_names=["images"],
             output_names=["all_boxes", "all_scores"],
@@ -138,6 +158,11 @@ def write_nms_node(model: FCOS, objects: int, image: Tensor, path: Path) -> None
             verbose=False,
         )
     program.save(str(path))  # type: ignore[union-attr]  # None only without dynamo
+
+
+def write_nms_node(model: FCOS, objects: int, image: Tensor, path: Path) -> None:
+    """The network, a NonMaxSuppression node, and the best of what it leaves."""
+    write(Dense(model), image, path)
     file = onnx.load(str(path))
     graph, most = file.graph, max(100, objects)
 
@@ -189,6 +214,7 @@ ARMS: dict[str, Callable[[FCOS, int, Tensor, Path], None]] = {
     "top-k (ours)": write_top_k,
     "NMS node": write_nms_node,
     "torchvision": write_torchvision,
+    "network alone": write_network,
 }
 
 
@@ -203,17 +229,19 @@ def measure(name: str, objects: int, runs: int, threads: int, folder: Path) -> l
         candidates = int((Dense(model)(image[None])[1] > THRESHOLD).sum())
     arms: dict[str, Callable[[], object]] = {}
     found: dict[str, int] = {}
-    for arm, write in ARMS.items():
+    for arm, write_arm in ARMS.items():
         path = folder / f"{arm}.onnx"
-        write(model, objects, image, path)
+        write_arm(model, objects, image, path)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         single = len(session.get_inputs()[0].shape) == 3  # torchvision's takes no batch
         pixels = image.numpy() if single else image.numpy()[None]
-        arms[arm] = partial(session.run, ["scores"], {"images": pixels})
-        found[arm] = int((session.run(["scores"], {"images": pixels})[0] > THRESHOLD).sum())
+        arms[arm] = partial(session.run, None, {"images": pixels})
+        outputs = dict(zip((x.name for x in session.get_outputs()), session.run(None, {"images": pixels}), strict=True))
+        if "scores" in outputs:
+            found[arm] = int((outputs["scores"] > THRESHOLD).sum())
     rows = compare(f"{name}, {objects} objects", arms, runs, torch.device("cpu"))
     size = {"height": height, "width": width, "objects": objects, "candidates": candidates}
-    return [row | size | {"detections": found[row["arm"]]} for row in rows]
+    return [row | size | {"detections": found.get(row["arm"])} for row in rows]
 
 
 def main() -> None:
@@ -221,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=NETWORKS, help="one of the networks")
     parser.add_argument("--objects", type=int, nargs="+", default=[5, 300], help="objects in the picture (5 300)")
-    parser.add_argument("--runs", type=int, default=15, help="counted runs of each (15)")
+    parser.add_argument("--runs", type=int, default=25, help="counted runs of each (25)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of onnxruntime (2)")
     parser.add_argument("--output", type=Path, default=None, help="JSON file for the figures")
     options = parser.parse_args()
@@ -231,7 +259,8 @@ def main() -> None:
             for objects in options.objects if options.only in (None, name) else ():
                 for row in measure(name, objects, options.runs, options.threads, Path(folder)):
                     line = f"{row['case']:32} {row['arm']:14} {row['ms']:9.2f} ms {row['ratio']:7.3f} ×"
-                    print(f"{line}  {row['candidates']:5} candidates, {row['detections']:4} detections", flush=True)
+                    seen = "" if row["detections"] is None else f"{row['detections']:4} detections"
+                    print(f"{line}  {row['candidates']:5} candidates {seen}", flush=True)
                     rows.append(row)
     if options.output is not None:
         about = {

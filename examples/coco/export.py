@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from runs import RunError, load_model
 
@@ -29,7 +30,7 @@ def export(
     top_k: int = 100,
     opset: int = 18,
 ) -> ExportReport:
-    """Export the detector of a run, with the names of its classes and the size it was trained at.
+    """Export the detector of a run, with the names of its classes and the size it was trained at, in pixels.
 
     Raises:
         RunError: There is no finished run, or its detector needs NMS.
@@ -40,13 +41,19 @@ def export(
             f"Expected a detector that needs no NMS, but got a one-to-many run ({run}). Fix: export one trained "
             "with --arm one-to-one or cross-head."
         )
+    transform: Any = model.transform
     return export_onnx(
         EndToEndDetector(model, top_k=top_k),
         path,
         image_size=image_size,
         preprocessing=preprocessing,
         class_names=spec.label_to_name,
-        metadata={"architecture": spec.architecture, "backbone": spec.backbone, "size": str(spec.size)},
+        metadata={
+            "architecture": spec.architecture,
+            "backbone": spec.backbone,
+            "short_side": str(transform.min_size[-1]),
+            "long_side": str(transform.max_size),
+        },
         opset=opset,
     )
 

@@ -46,7 +46,14 @@ class OnnxDetector:
             fix = "write it again with export.py"
             raise RunError(f"Expected a readable ONNX file, but got {error} ({path}). Fix: {fix}.") from error
         metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        missing = {"preprocessing", "class_names", "size", "size_divisible", "image_mean"} - metadata.keys()
+        missing = {
+            "preprocessing",
+            "class_names",
+            "short_side",
+            "long_side",
+            "size_divisible",
+            "image_mean",
+        } - metadata.keys()
         if missing:
             raise RunError(
                 f"Expected an ONNX file of export.py, but got one without {', '.join(sorted(missing))} ({path}). Fix: "
@@ -57,7 +64,8 @@ class OnnxDetector:
         self._inside = metadata["preprocessing"] == "inside"
         self._divisible = int(metadata["size_divisible"])
         self._mean = torch.tensor(json.loads(metadata["image_mean"])).view(3, 1, 1)
-        self._transform = GeneralizedRCNNTransform(int(metadata["size"]), int(metadata["size"]), [], []).eval()
+        sides = int(metadata["short_side"]), int(metadata["long_side"])
+        self._transform = GeneralizedRCNNTransform(*sides, [], []).eval()
 
     def __call__(self, images: Sequence[Tensor]) -> list[Detection]:
         """Detections of images ``(3, H, W)`` in 0…1, in their pixels.
