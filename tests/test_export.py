@@ -301,6 +301,13 @@ class Counter(OnePixelAdapter):
         return DensePredictions.on_grid(logits + 0 * above, boxes, [level])
 
 
+class Looper(OnePixelAdapter):
+    """Goes through the images one by one."""
+
+    def predictions(self, logits: Tensor, boxes: Tensor, level: GridLevel) -> DensePredictions:
+        return DensePredictions.on_grid(torch.stack([x - 1 for x in logits]), boxes, [level])
+
+
 class Chooser(OnePixelAdapter):
     """Decides by a value, in Python."""
 
@@ -342,6 +349,7 @@ def test_a_graph_that_says_something_else_is_found_out_and_not_written(lie, tmp_
     assert path.read_text() == "what was there before"
 
 
+@pytest.mark.slow
 def test_tolerances_images_and_the_size_of_the_batch_can_be_chosen(tmp_path):
     options = {"box_tolerance": 0.02, "images": [IMAGE, IMAGE.flip(1)], "batch_size": 3}
     report = export_onnx(one_pixel(Liar, lie="boxes"), tmp_path / "a.onnx", **options, **SMALL)
@@ -354,6 +362,13 @@ def test_a_shape_that_depends_on_values_is_an_error(tmp_path):
     with pytest.raises(ExportError, match="without data-dependent shapes, but got NonZero"):
         export_onnx(one_pixel(Counter), tmp_path / "a.onnx", **SMALL)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_fixes_the_number_of_images_is_told_so_and_exports_for_that_many(tmp_path):
+    with pytest.raises(ExportError, match=r"open number of images, but got .* fixed at 2 .*len\(x\).*batch_size=1"):
+        export_onnx(one_pixel(Looper), tmp_path / "a.onnx", **SMALL)
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(one_pixel(Looper), tmp_path / "a.onnx", batch_size=1, **SMALL).input_shape == (1, 3, 32, 64)
 
 
 @pytest.mark.slow

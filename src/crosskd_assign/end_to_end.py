@@ -188,9 +188,14 @@ def top_detections(predictions: DensePredictions, k: int) -> tuple[Tensor, Tenso
     """
     _, a, c = predictions.logits.shape
     # A pair among the k best has a point among the k best points: a full sort of A · C values is never needed.
-    points = predictions.logits.amax(dim=-1).topk(torch.sym_min(k, a), dim=1).indices  # (N, p)
+    points = predictions.logits.amax(dim=-1).topk(_at_most(k, a), dim=1).indices  # (N, p)
     candidates = predictions.logits.gather(1, points[..., None].expand(-1, -1, c)).flatten(1)  # (N, p · C)
-    logits, index = candidates.topk(torch.sym_min(k, candidates.shape[1]), dim=1)
+    logits, index = candidates.topk(_at_most(k, candidates.shape[1]), dim=1)
     point = points.gather(1, torch.div(index, c, rounding_mode="floor"))  # (N, k)
     boxes = predictions.boxes.gather(1, point[..., None].expand(-1, -1, 4))
     return at_least_float32(logits).sigmoid(), boxes, index % c
+
+
+def _at_most(k: int, size: int) -> int:
+    """``min``, which leaves a size open that a tracer has left open."""
+    return min(k, size) if isinstance(size, int) else torch.sym_min(k, size)

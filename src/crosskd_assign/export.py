@@ -290,6 +290,7 @@ def _trace(view: TensorDetector, size: tuple[int, int] | None, batch_size: int |
         where = f"{type(view.adapter).__name__}, torch {torch.__version__}"
         raise ExportError(problem("a detector that torch.onnx can trace", f"{error}", where, fix)) from error
     model = program.model  # type: ignore[union-attr]  # None only without dynamo
+    _check_open(model, shapes, view)
     if cut:
         graph = model.graph
         graph.inputs[1].replace_all_uses_with(graph.outputs[0])
@@ -301,6 +302,19 @@ def _trace(view: TensorDetector, size: tuple[int, int] | None, batch_size: int |
 def _version() -> str:
     version: str = importlib.import_module("crosskd_assign").__version__  # which imports this module, so not before
     return version
+
+
+def _check_open(model: Any, shapes: Mapping[str, Mapping[int, Any]], view: TensorDetector) -> None:
+    """Raise `ExportError` if an adapter's code has fixed a size that should stay open."""
+    for value in model.graph.inputs:
+        for axis in shapes[value.name]:
+            size = value.shape[axis]
+            if isinstance(size, int):
+                option = "batch_size=1" if axis == 0 else "a fixed image_size"
+                expected = f"an open {('number of images', '', 'image height', 'image width')[axis]}"
+                fix = f"write x.shape[0] for len(x) in the adapter and loop over no images, or export with {option}"
+                got = f"one that tracing has fixed at {size}"
+                raise ExportError(problem(expected, got, type(view.adapter).__name__, fix))
 
 
 def _describe(model: Any, view: TensorDetector, entries: Mapping[str, str]) -> None:
