@@ -73,10 +73,10 @@ class Bench:
         self.lines: dict[str, dict[str, Any]] = {line["run"]: line for line in map(json.loads, lines)}
 
     def left(self, runs: Sequence[Run]) -> list[Run]:
-        """The runs that are not recorded, and recorded teachers of theirs whose weights are gone."""
+        """The runs that are not recorded, and recorded ones that they need and whose weights are gone."""
         missing = [run for run in runs if not self._recorded(run)]
-        teachers = {run.teacher for run in missing}
-        return [run for run in runs if run in missing or (run in teachers and not self._has_weights(run))]
+        needed = {need for run in missing for need in run.needs}
+        return [run for run in runs if run in missing or (run in needed and not self._has_weights(run))]
 
     def _recorded(self, run: Run) -> bool:
         line = self.lines.get(run.key)
@@ -91,18 +91,18 @@ class Bench:
         return (self.work / run.key / "model.json").exists()
 
     def execute(self, run: Run) -> bool:
-        """Train, score and record a run, after its teacher; whether that went well."""
+        """Train, score and record a run, after those it needs; whether that went well."""
         with self.lock:
             done = self.finished.setdefault(run, threading.Event())
         try:
-            teacher = run.teacher
-            while teacher is not None and not self._has_weights(teacher):
-                with self.lock:
-                    event = self.finished.setdefault(teacher, threading.Event())
-                if event.is_set():
-                    print(f"left out: {run.key}, for its teacher {teacher.key} failed", flush=True)
-                    return False
-                event.wait(1.0)
+            for need in run.needs:
+                while not self._has_weights(need):
+                    with self.lock:
+                        event = self.finished.setdefault(need, threading.Event())
+                    if event.is_set():
+                        print(f"left out: {run.key}, for {need.key} failed", flush=True)
+                        return False
+                    event.wait(1.0)
             return self._train(run)
         finally:
             done.set()
@@ -118,6 +118,8 @@ class Bench:
         command += ["--data-path", str(self._data(run)), "--log-every", "100"]
         if run.teacher is not None:
             command += ["--teacher", str(self.work / run.teacher.key)]
+        if run.origin is not None:
+            command += ["--inherit-from", str(self.work / run.origin.key)]
         begun = time.time()
         code, seconds, memory = self._call(command + (["--resume"] if resume else []), folder.with_suffix(".log"))
         print(f"{run.key}: exit {code} after {time.time() - begun:.0f} s", flush=True)

@@ -37,12 +37,14 @@ class Variant:
         title: In tables.
         options: Of ``train.py``, besides the protocol's.
         teacher: The variant it learns from or inherits from; trained with the same seed.
+        origin: The variant it inherits from, if that is not its teacher; likewise.
         length: Epochs in units of the protocol's.
     """
 
     title: str
     options: Mapping[str, Option] = field(default_factory=dict)
     teacher: str = ""
+    origin: str = ""
     length: float = 1.0
 
 
@@ -62,9 +64,21 @@ class Run:
 
     @property
     def teacher(self) -> Run | None:
-        """The run it needs finished."""
-        name = VARIANTS[self.variant].teacher
-        return Run(self.data, self.split, name, self.seed) if name else None
+        """The run it learns from."""
+        return self._sibling(VARIANTS[self.variant].teacher)
+
+    @property
+    def origin(self) -> Run | None:
+        """The run it inherits from, if that is not its teacher."""
+        return self._sibling(VARIANTS[self.variant].origin)
+
+    @property
+    def needs(self) -> tuple[Run, ...]:
+        """The runs that must be finished before."""
+        return tuple(run for run in (self.teacher, self.origin) if run is not None)
+
+    def _sibling(self, variant: str) -> Run | None:
+        return Run(self.data, self.split, variant, self.seed) if variant else None
 
     @property
     def epochs(self) -> int:
@@ -135,6 +149,18 @@ VARIANTS = {
         },
     ),
     "cross-head-large": Variant("cross-head, larger teacher", _CROSS, "one-to-many-large"),
+    "cross-head-large-inherit": Variant(
+        "cross-head, larger teacher, inheriting from one-to-many", _CROSS, "one-to-many-large", _TEACHER
+    ),
+    "cross-head-large-inherit-decay": Variant(
+        "cross-head, larger teacher, decaying, inheriting from one-to-many",
+        {**_CROSS, "distill_decay": "cosine"},
+        "one-to-many-large",
+        _TEACHER,
+    ),
+    "cross-head-large-ranking": Variant(
+        "cross-head, larger teacher, ranking", {**_CROSS, "ranking": 0.25}, "one-to-many-large"
+    ),
     "cross-head-large-decay": Variant(
         "cross-head, larger teacher, decaying", {**_CROSS, "distill_decay": "cosine"}, "one-to-many-large"
     ),
@@ -225,14 +251,14 @@ STUDIES = {
 
 
 def planned(study: str, data: Iterable[str], split: str, seeds: Iterable[int]) -> Iterator[Run]:
-    """The runs of a study, each after its teacher, without repetition; set by set and seed by seed."""
+    """The runs of a study, each after those it needs, without repetition; set by set and seed by seed."""
     names = [study] if study in VARIANTS else STUDIES[study]
     for one in data:
         seen: set[Run] = set()
         for seed in seeds:
             for name in names:
                 run = Run(one, split, name, seed)
-                for wanted in (run.teacher, run):
-                    if wanted is not None and wanted not in seen:
+                for wanted in (*run.needs, run):
+                    if wanted not in seen:
                         seen.add(wanted)
                         yield wanted

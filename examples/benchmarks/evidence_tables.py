@@ -82,10 +82,12 @@ def table(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
     """All variants of one set."""
     rows = []
     for name, runs in grouped(lines, data[0], split).items():
-        teacher = "" if name.endswith(BY_CLASS) else VARIANTS[name].teacher
-        epochs = f"{runs[0]['options']['epochs']}"
-        if teacher:
-            epochs += f" + {round(SETS[data[0]].epochs * VARIANTS[teacher].length)}"
+        variant = VARIANTS[name.removesuffix(BY_CLASS)]
+        epochs = " + ".join(
+            str(round(SETS[data[0]].epochs * VARIANTS[one].length))
+            for one in (name.removesuffix(BY_CLASS), variant.teacher, variant.origin)
+            if one
+        )
         rows.append(
             [
                 title(name),

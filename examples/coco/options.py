@@ -53,6 +53,7 @@ class Options:
         "", "a run's folder, torchvision:NAME for its COCO weights, or your own python:FILE:FUNCTION"
     )
     inherit: bool = _option(False, "start with what fits of the teacher's backbone and neck")
+    inherit_from: str = _option("", "start with those of this detector, named as a --teacher is, instead")
     teacher_floor: float = _option(0.01, "refuse a teacher whose AP on validation images is below this")
     auxiliary_head: bool = _option(False, "train a second, one-to-many head beside the student's (DATE, YOLOv10)")
     detach: bool = _option(False, "with --auxiliary-head: one-to-one losses stop at the features (YOLOv10)")
@@ -122,6 +123,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         parser.error("expected --augmentation none or flip with --short-side: the others make squares of --size")
     if options.inherit and not options.teacher:
         parser.error("expected a --teacher for --inherit, but got none")
+    if options.inherit and options.inherit_from:
+        parser.error("expected --inherit or --inherit-from, but got both")
     if not Path(options.data_path).exists() and options.data != "demo":
         parser.error(f"expected a data set, but got no folder at --data-path {options.data_path}")
     return options

@@ -159,12 +159,15 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
         teacher_arm = Arm(teacher, adapt(teacher), one_to_many=True)
         if ranks.first and not options.resume:
             _preflight(TeacherInTraining(adapt(teacher), adapt(student).eval()), val, labels, options)
-        if options.inherit:
-            report = inherit(student, teacher)
-            if ranks.first:
-                print(f"{report}", file=sys.stderr)
         if labels != spec.label_to_category:
             teacher_arm = None  # its labels mean other classes; it can teach but not be drawn beside the student
+    origin = teacher if options.inherit else None
+    if options.inherit_from:
+        origin, _ = load_teacher(options.inherit_from, size=options.size, short_side=options.short_side)
+    if origin is not None:
+        report = inherit(student, origin.to(ranks.device))
+        if ranks.first:
+            print(f"{report}", file=sys.stderr)
     arm = build_arm(
         options.arm,  # type: ignore[arg-type]  # checked by argparse
         student.to(ranks.device),

@@ -255,6 +255,7 @@ def test_the_script_itself_ends_with_code_2_and_a_sentence(script, tmp_path):
         (["--arm", "best"], "invalid choice: 'best'"),
         (["--data-path", "/none/at/all"], "got no folder at --data-path /none/at/all"),
         (["--inherit"], "expected a --teacher for --inherit"),
+        (["--teacher", "t", "--inherit", "--inherit-from", "o"], "expected --inherit or --inherit-from, but got both"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(workshop, tmp_path, capsys, arguments, reason):

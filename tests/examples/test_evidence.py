@@ -42,7 +42,7 @@ def test_teachers_are_planned_before_their_students_and_once(study):
     runs = list(planned(study, ["bccd", "pcb"], "tune", [0, 1]))
     assert len(set(runs)) == len(runs)
     for i, run in enumerate(runs):
-        assert run.teacher is None or run.teacher in runs[:i]
+        assert set(run.needs) <= set(runs[:i])
     assert {run.variant for run in runs} >= set(STUDIES[study])
 
 
@@ -54,6 +54,12 @@ def test_an_unfinished_teacher_keeps_its_students_waiting_and_a_lost_one_is_trai
     (tmp_path / teacher.key).mkdir(parents=True)
     (tmp_path / teacher.key / "model.json").touch()
     assert evidence.Bench(tmp_path, tmp_path, results).left([teacher, student]) == [student]
+
+
+def test_a_student_waits_for_what_it_learns_from_and_for_what_it_inherits_from():
+    run = Run("bccd", "tune", "cross-head-large-inherit", 1)
+    assert [need.variant for need in run.needs] == ["one-to-many-large", "one-to-many"]
+    assert {(need.data, need.split, need.seed) for need in run.needs} == {("bccd", "tune", 1)}
 
 
 def test_a_line_made_with_other_options_is_refused(tmp_path):

@@ -168,8 +168,10 @@ def test_the_seed_decides_on_weights_and_on_the_order_of_images(workshop, tmp_pa
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_an_inheriting_student_starts_with_the_teachers_backbone_and_its_own_head(workshop, teacher, tmp_path):
-    assert workshop.train(tmp_path / "run", arm="one-to-one", teacher=teacher, inherit=True, lr=0.0) == 0
+@pytest.mark.parametrize("by", ["teacher and inherit", "inherit_from"])
+def test_an_inheriting_student_starts_with_the_teachers_backbone_and_its_own_head(workshop, teacher, tmp_path, by):
+    options = {"inherit_from": teacher} if by == "inherit_from" else {"teacher": teacher, "inherit": True}
+    assert workshop.train(tmp_path / "run", arm="one-to-one", lr=0.0, **options) == 0
     mine, theirs = (load_file(folder / WEIGHTS) for folder in (tmp_path / "run", teacher))
     parameters = [name for name, _ in build_detector("fcos", "small", 7, size=64).named_parameters()]
     same = {name for name in parameters if torch.equal(mine[name], theirs[name])}
