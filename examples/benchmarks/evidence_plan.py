@@ -158,6 +158,18 @@ VARIANTS = {
         "one-to-many-large",
         _TEACHER,
     ),
+    "cross-head-large-inherit-decay-auxiliary": Variant(
+        "cross-head, larger teacher, decaying, inheriting from one-to-many, auxiliary head",
+        {**_CROSS, "distill_decay": "cosine", "auxiliary_head": True},
+        "one-to-many-large",
+        _TEACHER,
+    ),
+    "cross-head-large-inherit-decay-ranking": Variant(
+        "cross-head, larger teacher, decaying, inheriting from one-to-many, ranking",
+        {**_CROSS, "distill_decay": "cosine", "ranking": 0.25},
+        "one-to-many-large",
+        _TEACHER,
+    ),
     "cross-head-large-ranking": Variant(
         "cross-head, larger teacher, ranking", {**_CROSS, "ranking": 0.25}, "one-to-many-large"
     ),
@@ -166,6 +178,9 @@ VARIANTS = {
     ),
     "feature-imitation-large": Variant(
         "feature imitation (PKD), larger teacher", {"arm": "feature-imitation"}, "one-to-many-large"
+    ),
+    "own-head-imitation-large": Variant(
+        "own-head imitation, larger teacher", {"arm": "own-head-imitation"}, "one-to-many-large"
     ),
     # --- a COCO-trained teacher of another family, for the sets whose classes are COCO's
     "cross-head-nanodet": Variant("cross-head, teacher NanoDet-m", {**_CROSS, "teacher": _NANODET}),
@@ -238,14 +253,14 @@ STUDIES = {
     "main": (
         "one-to-many",
         "one-to-one",
+        "one-to-many-large",
+        "cross-head-large-inherit-decay",
+        "cross-head-large",
         "cross-head",
         "one-to-one-inherit",
-        "cross-head-inherit-decay",
-        "one-to-many-2x",
-        "one-to-one-2x",
         "auxiliary-head",
-        "feature-imitation",
-        "own-head-imitation",
+        "feature-imitation-large",
+        "own-head-imitation-large",
     ),
 }
 
