@@ -263,6 +263,29 @@ def test_centerness_alone_is_left_unused_by_one_to_one_training():
     assert not list(adapt(small_retinanet()).unused_parameters())
 
 
+class OneConvolution(nn.Module):
+    """An FCOS head of another build: same answers, no part that is called as torchvision's."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, classes + 5, 1)
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        rows = torch.cat([self.conv(level).flatten(2).transpose(1, 2) for level in x], dim=1)
+        return {"cls_logits": rows[..., 5:], "bbox_regression": rows[..., :4].exp(), "bbox_ctrness": rows[..., 4:5]}
+
+
+def test_an_fcos_head_of_another_build_trains():
+    fcos = small_fcos()
+    channels = fcos.backbone.out_channels
+    fcos.head = OneConvolution(channels, 3)
+    assert not list(adapt(fcos).unused_parameters())
+    targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}]
+    losses = EndToEndDetector(fcos).train()([torch.rand(3, 64, 64)], targets)
+    torch.stack(list(losses.values())).sum().backward()
+    assert fcos.head.conv.weight.grad is not None
+
+
 # --- pyramid ----------------------------------------------------------------------------------------------------------
 
 

@@ -169,9 +169,9 @@ class FCOSAdapter(_TorchvisionAdapter):
         return {"cls_logits": outputs["classification"], "bbox_regression": sides, "bbox_ctrness": centerness}
 
     def unused_parameters(self) -> Iterable[nn.Parameter]:
-        """The centerness convolution: the score of a one-to-one detector is its class score alone."""
-        parameters: Iterable[nn.Parameter] = self.model.head.regression_head.bbox_ctrness.parameters()
-        return parameters
+        """The centerness convolution, if the head is torchvision's: one-to-one, the class alone is the score."""
+        branch = getattr(getattr(self.model.head, "regression_head", None), "bbox_ctrness", None)
+        return branch.parameters() if isinstance(branch, nn.Module) else ()
 
     def _stride(self, step: tuple[float, float], anchor_sizes: Sequence[float]) -> float:
         return float(anchor_sizes[0])  # FCOS's anchors are as large as the stride, and its radius counts in them
