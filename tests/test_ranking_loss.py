@@ -54,16 +54,22 @@ def test_it_is_the_cross_entropy_of_picking_the_match_out_of_its_duplicates(thre
         assert expected > 0.5  # there are rivals
 
 
-def test_its_gradient_is_that_of_finite_differences_and_leaves_boxes_alone():
+def test_its_gradient_is_that_of_finite_differences_and_leaves_boxes_and_matched_scores_alone():
     logits, boxes, assignment, labels, matched = scene(1)
     boxes.requires_grad_()
+    own = torch.zeros_like(logits, dtype=torch.bool)
+    own[assignment.image, assignment.point, labels] = True
+    fixed = logits.clone()
 
     def loss(z):
         return one_to_one_ranking_loss(z, boxes, assignment, labels, matched, normalizer=2.0, iou_threshold=0.4)
 
-    assert torch.autograd.gradcheck(loss, logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda z: loss(torch.where(own, fixed, z)), logits.requires_grad_())
     loss(logits).backward()
     assert boxes.grad is None
+    assert torch.equal(logits.grad[own], torch.zeros(3).double())
+    assert (logits.grad >= 0).all()
+    assert logits.grad.sum() > 0.1
 
 
 @pytest.mark.parametrize("scale", [1e-3, 100.0])

@@ -121,10 +121,11 @@ def one_to_one_ranking_loss(
     Duplicates are what NMS would have to remove: among the image's ``candidates`` best (point, class) pairs those of
     the object's class, matched to no object, whose predicted box has an IoU with the object above ``iou_threshold``.
     It is the cross-entropy of picking the matched point out of them: the focal loss asks each of them to be low, this
-    asks them to be lower than the one.
+    asks them to be lower than the one. Its gradient lowers duplicates and never raises the matched point's own score,
+    which would put objects with many duplicates before others (docs/results.md).
 
     Args:
-        logits: ``(N, A, C)`` class logits.
+        logits: ``(N, A, C)`` class logits; no gradient flows into those of the matched pairs.
         boxes: ``(N, A, 4)`` decoded boxes; no gradient flows into them.
         assignment: The M matched pairs.
         labels: ``(M,)`` int64, the class of each matched pair.
@@ -146,7 +147,7 @@ def one_to_one_ranking_loss(
     predicted = at_least_float32(boxes.detach().gather(1, point[..., None].expand(-1, -1, 4)))  # (N, k, 4)
     overlap = iou(predicted[image], matched_boxes.to(predicted.dtype)[:, None])  # (M, k)
     rival = free[image] & (label[image] == labels[:, None]) & (overlap > iou_threshold)
-    matched = at_least_float32(logits[image, assignment.point, labels])  # (M,)
+    matched = at_least_float32(logits.detach()[image, assignment.point, labels])  # (M,)
     others = at_least_float32(logits.flatten(1).gather(1, best))[image]  # (M, k)
     gap = torch.where(rival, others - matched[:, None], -torch.inf)
     return F.softplus(torch.cat([gap, gap.new_full((len(gap), 1), -60.0)], dim=1).logsumexp(dim=1)).sum() / normalizer
