@@ -254,6 +254,7 @@ STUDIES = {
         "one-to-many",
         "one-to-one",
         "one-to-many-large",
+        "cross-head-large-inherit-decay-ranking",
         "cross-head-large-inherit-decay",
         "cross-head-large",
         "cross-head",
