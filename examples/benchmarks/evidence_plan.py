@@ -122,6 +122,12 @@ SETS = {
 }
 
 _CROSS: dict[str, Option] = {"arm": "cross-head"}
+_LARGE: dict[str, Option] = {
+    "backbone": "mobilenet_v2",
+    "backbone_weights": "weights/mobilenet_v2_in1k_tf2.pth",
+    "channels": 64,
+    "head_convs": 2,
+}
 _TEACHER = "one-to-many"
 _NANODET, _YOLOX = (f"python:examples/third_party/nanodet_yolox.py:{name}" for name in ("nanodet_m", "yolox_nano"))
 VARIANTS = {
@@ -138,15 +144,9 @@ VARIANTS = {
         "one-to-one, auxiliary head, detached", {"arm": "one-to-one", "auxiliary_head": True, "detach": True}
     ),
     # --- a larger teacher: another backbone that knows ImageNet; the student starts from nothing as ever
-    "one-to-many-large": Variant(
-        "one-to-many, MobileNetV2 from ImageNet",
-        {
-            "arm": "one-to-many",
-            "backbone": "mobilenet_v2",
-            "backbone_weights": "weights/mobilenet_v2_in1k_tf2.pth",
-            "channels": 64,
-            "head_convs": 2,
-        },
+    "one-to-many-large": Variant("one-to-many, MobileNetV2 from ImageNet", {"arm": "one-to-many", **_LARGE}),
+    "one-to-many-large-2x": Variant(
+        "one-to-many, MobileNetV2 from ImageNet, twice as long", {"arm": "one-to-many", **_LARGE}, length=2
     ),
     "cross-head-large": Variant("cross-head, larger teacher", _CROSS, "one-to-many-large"),
     "cross-head-large-inherit": Variant(
@@ -168,6 +168,12 @@ VARIANTS = {
         "cross-head, larger teacher, decaying, inheriting from one-to-many, ranking",
         {**_CROSS, "distill_decay": "cosine", "ranking": 0.25},
         "one-to-many-large",
+        _TEACHER,
+    ),
+    "cross-head-large-2x-inherit-decay-ranking": Variant(
+        "cross-head, larger teacher trained twice as long, decaying, inheriting from one-to-many, ranking",
+        {**_CROSS, "distill_decay": "cosine", "ranking": 0.25},
+        "one-to-many-large-2x",
         _TEACHER,
     ),
     "cross-head-large-ranking": Variant(
