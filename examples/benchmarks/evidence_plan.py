@@ -165,7 +165,7 @@ VARIANTS = {
         _TEACHER,
     ),
     "cross-head-large-inherit-decay-ranking": Variant(
-        "cross-head, larger teacher, decaying, inheriting from one-to-many, ranking",
+        "cross-head as recommended: larger teacher, decaying, inheriting from one-to-many, ranking",
         {**_CROSS, "distill_decay": "cosine", "ranking": 0.25},
         "one-to-many-large",
         _TEACHER,
