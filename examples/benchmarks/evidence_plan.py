@@ -22,11 +22,13 @@ class Protocol:
         epochs: Of a variant of length 1.
         options: Of ``train.py``, the same for all.
         folder: Of the data set, if it is not called like this protocol.
+        shared: Variants of which seed 0 teaches the students of all seeds, because they cost more than all the rest.
     """
 
     epochs: int
     options: Mapping[str, Option]
     folder: str = ""
+    shared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Run:
         return tuple(run for run in (self.teacher, self.origin) if run is not None)
 
     def _sibling(self, variant: str) -> Run | None:
-        return Run(self.data, self.split, variant, self.seed) if variant else None
+        seed = 0 if variant in SETS[self.data].shared else self.seed
+        return Run(self.data, self.split, variant, seed) if variant else None
 
     @property
     def epochs(self) -> int:
@@ -100,11 +103,12 @@ _SMALL: dict[str, Option] = {
     "cache": True,
     "augmentation": "crop",
 }
+_LARGE_TEACHERS = ("one-to-many-large", "one-to-many-large-2x")
 SETS = {
-    "demo": Protocol(8, {**_SMALL, "size": 128, "augmentation": "flip"}),
+    "demo": Protocol(8, {**_SMALL, "size": 128, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
     "bccd": Protocol(30, {**_SMALL, "size": 192}),
-    "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}),
-    "highway": Protocol(25, {**_SMALL, "size": 192}),
+    "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
+    "highway": Protocol(25, {**_SMALL, "size": 192}, shared=_LARGE_TEACHERS),
     "coco_person": Protocol(
         8,
         {
@@ -259,7 +263,6 @@ STUDIES = {
     "main": (
         "one-to-many",
         "one-to-one",
-        "one-to-many-large",
         "cross-head-large-inherit-decay-ranking",
         "cross-head-large-inherit-decay",
         "cross-head-large",

@@ -62,6 +62,15 @@ def test_a_student_waits_for_what_it_learns_from_and_for_what_it_inherits_from()
     assert {(need.data, need.split, need.seed) for need in run.needs} == {("bccd", "tune", 1)}
 
 
+def test_a_shared_teacher_is_planned_once_for_all_seeds():
+    runs = list(planned("cross-head-large", ["demo"], "final", [1, 2]))
+    assert [(run.variant, run.seed) for run in runs] == [
+        ("one-to-many-large", 0),
+        ("cross-head-large", 1),
+        ("cross-head-large", 2),
+    ]
+
+
 def test_a_line_made_with_other_options_is_refused(tmp_path):
     run = Run("bccd", "final", "one-to-many", 0)
     (tmp_path / "runs.jsonl").write_text(json.dumps({"run": run.key, "options": {**run.options, "lr": 7.0}}) + "\n")
