@@ -129,7 +129,7 @@ def memorised(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
     """AP with NMS of the teachers on the images they were trained on, and on new ones."""
     rows = []
     for name in data:
-        for variant in (BASELINE, f"{BASELINE}-2x"):
+        for variant in (BASELINE, f"{BASELINE}-2x", f"{BASELINE}-large"):
             runs = [r for r in grouped(lines, name, split).get(variant, []) if r.get("scores_on_training_images")]
             if runs:
                 seen = [100 * run["scores_on_training_images"]["ap_nms"] for run in runs]
