@@ -143,10 +143,6 @@ VARIANTS = {
     "one-to-one-task-aligned": Variant("one-to-one (task-aligned)", {"arm": "one-to-one", "metric": "task-aligned"}),
     "one-to-one-yolo": Variant("one-to-one (YOLO)", {"arm": "one-to-one", "metric": "yolo"}),
     "one-to-one-ranking": Variant("one-to-one, ranking", {"arm": "one-to-one", "ranking": 0.25}),
-    "one-to-one-ranking-0.1": Variant("one-to-one, ranking, weight 0.1", {"arm": "one-to-one", "ranking": 0.1}),
-    "one-to-one-ranking-rising": Variant(
-        "one-to-one, ranking, rising", {"arm": "one-to-one", "ranking": 0.25, "ranking_warmup": 1.0}
-    ),
     "auxiliary-head": Variant("one-to-one, auxiliary head", {"arm": "one-to-one", "auxiliary_head": True}),
     "auxiliary-head-detached": Variant(
         "one-to-one, auxiliary head, detached", {"arm": "one-to-one", "auxiliary_head": True, "detach": True}

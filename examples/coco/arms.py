@@ -77,12 +77,6 @@ class Arm(nn.Module):
         if isinstance(self.trainee, CrossHeadDistiller):
             self.trainee.distillation_weight = factor
 
-    def weigh_ranking(self, weight: float) -> None:
-        """Set the weight of the ranking term, for its warm-up; nothing where objects have many positives."""
-        detector = self.trainee.detector if isinstance(self.trainee, CrossHeadDistiller) else self.trainee
-        if isinstance(detector, EndToEndDetector):
-            detector.ranking_weight = weight
-
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> tuple[DensePredictions, Batch]:
         """Dense predictions, with the quality branch only where it is part of the score."""

@@ -58,7 +58,6 @@ class Options:
     auxiliary_head: bool = _option(False, "train a second, one-to-many head beside the student's (DATE, YOLOv10)")
     detach: bool = _option(False, "with --auxiliary-head: one-to-one losses stop at the features (YOLOv10)")
     ranking: float = _option(0.0, "weight of the one-to-one ranking term")
-    ranking_warmup: float = _option(0.0, "share of the run over which the ranking term's weight rises from 1 percent")
     metric: str = _option("poto", "preset of the task-aware metric", tuple(METRICS))
     distill_classification: float = _option(1.0, "weight of the distillation's classification term")
     distill_box: float = _option(1.0, "weight of the distillation's box term")

@@ -86,11 +86,6 @@ class Training:
         left = {"none": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
         return warm * max(0.01, left[self.options.distill_decay])
 
-    def _ranking(self, step: int) -> float:
-        """Weight of the ranking term at a step."""
-        done, warmup = step / max(1, self.total_steps), self.options.ranking_warmup
-        return self.options.ranking * (max(0.01, min(1.0, done / warmup)) if warmup > 0 else 1.0)
-
     def batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
         """Endless batches from the current step on."""
         options, device = self.options, self.ranks.device
@@ -125,7 +120,6 @@ class Training:
             batches = self.batches() if self.step < self.total_steps else iter(())
             for images, targets in batches:
                 self.arm.scale_distillation(self._distillation(self.step))
-                self.arm.weigh_ranking(self._ranking(self.step))
                 with torch.autocast(self.ranks.device.type, precision) if self._autocasts else nullcontext():
                     losses: dict[str, Tensor] = self.module(images, targets)
                 self._update(losses)

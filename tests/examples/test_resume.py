@@ -121,13 +121,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distilled, averaged": {"arm": "cross-head", "ema": 0.9, "schedule": "step", "mosaic": 0.5},
     "momentum, cosine, crops": {"arm": "one-to-many", "optimizer": "sgd", "lr": 0.01, "augmentation": "full"},
     "auxiliary head": {"arm": "one-to-one", "auxiliary_head": True, "ema": 0.5, "cache": True},
-    "scheduled": {
-        "arm": "cross-head",
-        "distill_warmup": 0.5,
-        "distill_decay": "cosine",
-        "ranking": 0.5,
-        "ranking_warmup": 1.0,
-    },
+    "scheduled": {"arm": "cross-head", "distill_warmup": 0.5, "distill_decay": "cosine", "ranking": 0.5},
 }
 
 
