@@ -154,28 +154,28 @@ VARIANTS = {
     ),
     "cross-head-large": Variant("cross-head, larger teacher", _CROSS, "one-to-many-large"),
     "cross-head-large-inherit": Variant(
-        "cross-head, larger teacher, inheriting from one-to-many", _CROSS, "one-to-many-large", _TEACHER
+        "cross-head, larger teacher, inheriting", _CROSS, "one-to-many-large", _TEACHER
+    ),
+    "cross-head-large-inherit-decay-ranking": Variant(
+        "cross-head as recommended: larger teacher, decaying, inheriting, ranking",
+        {**_CROSS, "distill_decay": "cosine", "ranking": 0.25},
+        "one-to-many-large",
+        _TEACHER,
     ),
     "cross-head-large-inherit-decay": Variant(
-        "cross-head, larger teacher, decaying, inheriting from one-to-many",
+        "the same without ranking",
         {**_CROSS, "distill_decay": "cosine"},
         "one-to-many-large",
         _TEACHER,
     ),
     "cross-head-large-inherit-decay-auxiliary": Variant(
-        "cross-head, larger teacher, decaying, inheriting from one-to-many, auxiliary head",
+        "the same without ranking, with an auxiliary head",
         {**_CROSS, "distill_decay": "cosine", "auxiliary_head": True},
         "one-to-many-large",
         _TEACHER,
     ),
-    "cross-head-large-inherit-decay-ranking": Variant(
-        "cross-head as recommended: larger teacher, decaying, inheriting from one-to-many, ranking",
-        {**_CROSS, "distill_decay": "cosine", "ranking": 0.25},
-        "one-to-many-large",
-        _TEACHER,
-    ),
     "cross-head-large-2x-inherit-decay-ranking": Variant(
-        "cross-head, larger teacher trained twice as long, decaying, inheriting from one-to-many, ranking",
+        "the same with ranking, the larger teacher trained twice as long",
         {**_CROSS, "distill_decay": "cosine", "ranking": 0.25},
         "one-to-many-large-2x",
         _TEACHER,
