@@ -165,7 +165,7 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
     if options.inherit_from:
         origin, _ = load_teacher(options.inherit_from, size=options.size, short_side=options.short_side)
     if origin is not None:
-        report = inherit(student, origin.to(ranks.device))
+        report = inherit(student, origin)
         if ranks.first:
             print(f"{report}", file=sys.stderr)
     arm = build_arm(
