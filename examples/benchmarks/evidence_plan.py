@@ -126,6 +126,7 @@ SETS = {
 }
 
 _CROSS: dict[str, Option] = {"arm": "cross-head"}
+_DECAY: dict[str, Option] = {"distill_decay": "cosine"}
 _LARGE: dict[str, Option] = {
     "backbone": "mobilenet_v2",
     "backbone_weights": "weights/mobilenet_v2_in1k_tf2.pth",
@@ -158,25 +159,31 @@ VARIANTS = {
     ),
     "cross-head-large-inherit-decay-ranking": Variant(
         "cross-head as recommended: larger teacher, decaying, inheriting, ranking",
-        {**_CROSS, "distill_decay": "cosine", "ranking": 0.25},
+        {**_CROSS, **_DECAY, "ranking": 0.25},
         "one-to-many-large",
         _TEACHER,
     ),
+    "cross-head-large-inherit-decay-ranking-half": Variant(
+        "the same with ranking 0.5", {**_CROSS, **_DECAY, "ranking": 0.5}, "one-to-many-large", _TEACHER
+    ),
     "cross-head-large-inherit-decay": Variant(
-        "the same without ranking",
-        {**_CROSS, "distill_decay": "cosine"},
+        "the same without ranking", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER
+    ),
+    "cross-head-large-inherit-decay-double": Variant(
+        "the same without ranking, weights 2",
+        {**_CROSS, **_DECAY, "distill_classification": 2.0, "distill_box": 2.0},
         "one-to-many-large",
         _TEACHER,
     ),
     "cross-head-large-inherit-decay-auxiliary": Variant(
         "the same without ranking, with an auxiliary head",
-        {**_CROSS, "distill_decay": "cosine", "auxiliary_head": True},
+        {**_CROSS, **_DECAY, "auxiliary_head": True},
         "one-to-many-large",
         _TEACHER,
     ),
     "cross-head-large-2x-inherit-decay-ranking": Variant(
         "the same with ranking, the larger teacher trained twice as long",
-        {**_CROSS, "distill_decay": "cosine", "ranking": 0.25},
+        {**_CROSS, **_DECAY, "ranking": 0.25},
         "one-to-many-large-2x",
         _TEACHER,
     ),
@@ -184,7 +191,7 @@ VARIANTS = {
         "cross-head, larger teacher, ranking", {**_CROSS, "ranking": 0.25}, "one-to-many-large"
     ),
     "cross-head-large-decay": Variant(
-        "cross-head, larger teacher, decaying", {**_CROSS, "distill_decay": "cosine"}, "one-to-many-large"
+        "cross-head, larger teacher, decaying", {**_CROSS, **_DECAY}, "one-to-many-large"
     ),
     "feature-imitation-large": Variant(
         "feature imitation (PKD), larger teacher", {"arm": "feature-imitation"}, "one-to-many-large"
@@ -192,8 +199,37 @@ VARIANTS = {
     "own-head-imitation-large": Variant(
         "own-head imitation, larger teacher", {"arm": "own-head-imitation"}, "one-to-many-large"
     ),
+    # --- the same teacher, inheritance and decay as recommended, other distillation
+    "feature-imitation-large-inherit-decay": Variant(
+        "feature imitation (PKD) in place of cross-head, without ranking",
+        {"arm": "feature-imitation", **_DECAY},
+        "one-to-many-large",
+        _TEACHER,
+    ),
+    "weighted-imitation-large-inherit-decay": Variant(
+        "feature imitation (weighted L2, weight 6) in place of cross-head, without ranking",
+        {"arm": "weighted-imitation", "imitation": 6.0, **_DECAY},
+        "one-to-many-large",
+        _TEACHER,
+    ),
+    "own-head-imitation-large-inherit-decay": Variant(
+        "own-head imitation in place of cross-head, without ranking",
+        {"arm": "own-head-imitation", **_DECAY},
+        "one-to-many-large",
+        _TEACHER,
+    ),
     # --- a COCO-trained teacher of another family, for the sets whose classes are COCO's
     "cross-head-nanodet": Variant("cross-head, teacher NanoDet-m", {**_CROSS, "teacher": _NANODET}),
+    "cross-head-nanodet-inherit-decay": Variant(
+        "cross-head, teacher NanoDet-m, decaying, inheriting",
+        {**_CROSS, **_DECAY, "teacher": _NANODET},
+        origin=_TEACHER,
+    ),
+    "cross-head-nanodet-inherit-decay-ranking": Variant(
+        "cross-head, teacher NanoDet-m, decaying, inheriting, ranking",
+        {**_CROSS, **_DECAY, "teacher": _NANODET, "ranking": 0.25},
+        origin=_TEACHER,
+    ),
     "cross-head-yolox": Variant("cross-head, teacher YOLOX-nano", {**_CROSS, "teacher": _YOLOX}),
     "feature-imitation-nanodet": Variant(
         "feature imitation (PKD), teacher NanoDet-m", {"arm": "feature-imitation", "teacher": _NANODET}
@@ -204,6 +240,14 @@ VARIANTS = {
     ),
     # --- peers that have a teacher
     "one-to-one-inherit": Variant("one-to-one, inheriting", {"arm": "one-to-one", "inherit": True}, _TEACHER),
+    "one-to-one-inherit-2x": Variant(
+        "one-to-one, inheriting, twice as long", {"arm": "one-to-one", "inherit": True}, _TEACHER, length=2
+    ),
+    "auxiliary-head-inherit": Variant(
+        "one-to-one, auxiliary head, inheriting",
+        {"arm": "one-to-one", "auxiliary_head": True, "inherit": True},
+        _TEACHER,
+    ),
     "feature-imitation": Variant("feature imitation (PKD)", {"arm": "feature-imitation"}, _TEACHER),
     "feature-imitation-6": Variant(
         "feature imitation (PKD), weight 6", {"arm": "feature-imitation", "imitation": 6.0}, _TEACHER
@@ -224,13 +268,13 @@ VARIANTS = {
     "cross-head-double": Variant(
         "cross-head, weights 2", {**_CROSS, "distill_classification": 2.0, "distill_box": 2.0}, _TEACHER
     ),
-    "cross-head-decay": Variant("cross-head, decaying", {**_CROSS, "distill_decay": "cosine"}, _TEACHER),
+    "cross-head-decay": Variant("cross-head, decaying", {**_CROSS, **_DECAY}, _TEACHER),
     "cross-head-warmup": Variant("cross-head, warmed up", {**_CROSS, "distill_warmup": 0.2}, _TEACHER),
     "cross-head-ranking": Variant("cross-head, ranking", {**_CROSS, "ranking": 0.25}, _TEACHER),
     "cross-head-auxiliary": Variant("cross-head, auxiliary head", {**_CROSS, "auxiliary_head": True}, _TEACHER),
     "cross-head-inherit": Variant("cross-head, inheriting", {**_CROSS, "inherit": True}, _TEACHER),
     "cross-head-inherit-decay": Variant(
-        "cross-head, inheriting, decaying", {**_CROSS, "inherit": True, "distill_decay": "cosine"}, _TEACHER
+        "cross-head, inheriting, decaying", {**_CROSS, "inherit": True, **_DECAY}, _TEACHER
     ),
     "cross-head-inherit-ranking": Variant(
         "cross-head, inheriting, ranking", {**_CROSS, "inherit": True, "ranking": 0.25}, _TEACHER
