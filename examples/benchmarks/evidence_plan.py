@@ -169,6 +169,9 @@ VARIANTS = {
     "cross-head-large-inherit-decay": Variant(
         "the same without ranking", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER
     ),
+    "cross-head-large-inherit-decay-2x": Variant(
+        "the same without ranking, twice as long", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER, length=2
+    ),
     "cross-head-large-inherit-decay-double": Variant(
         "the same without ranking, weights 2",
         {**_CROSS, **_DECAY, "distill_classification": 2.0, "distill_box": 2.0},
