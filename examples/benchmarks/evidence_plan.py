@@ -163,29 +163,30 @@ VARIANTS = {
         "one-to-many-large",
         _TEACHER,
     ),
-    "cross-head-large-inherit-decay-ranking-half": Variant(
-        "the same with ranking 0.5", {**_CROSS, **_DECAY, "ranking": 0.5}, "one-to-many-large", _TEACHER
-    ),
     "cross-head-large-inherit-decay": Variant(
-        "the same without ranking", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER
+        "cross-head as recommended, without ranking", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER
     ),
     "cross-head-large-inherit-decay-2x": Variant(
-        "the same without ranking, twice as long", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER, length=2
+        "cross-head as recommended, without ranking, twice as long",
+        {**_CROSS, **_DECAY},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
     ),
     "cross-head-large-inherit-decay-double": Variant(
-        "the same without ranking, weights 2",
+        "cross-head as recommended, without ranking, weights 2",
         {**_CROSS, **_DECAY, "distill_classification": 2.0, "distill_box": 2.0},
         "one-to-many-large",
         _TEACHER,
     ),
     "cross-head-large-inherit-decay-auxiliary": Variant(
-        "the same without ranking, with an auxiliary head",
+        "cross-head as recommended, without ranking, with an auxiliary head",
         {**_CROSS, **_DECAY, "auxiliary_head": True},
         "one-to-many-large",
         _TEACHER,
     ),
     "cross-head-large-2x-inherit-decay-ranking": Variant(
-        "the same with ranking, the larger teacher trained twice as long",
+        "cross-head as recommended, the larger teacher trained twice as long",
         {**_CROSS, **_DECAY, "ranking": 0.25},
         "one-to-many-large-2x",
         _TEACHER,
@@ -199,25 +200,16 @@ VARIANTS = {
     "feature-imitation-large": Variant(
         "feature imitation (PKD), larger teacher", {"arm": "feature-imitation"}, "one-to-many-large"
     ),
-    "own-head-imitation-large": Variant(
-        "own-head imitation, larger teacher", {"arm": "own-head-imitation"}, "one-to-many-large"
-    ),
     # --- the same teacher, inheritance and decay as recommended, other distillation
     "feature-imitation-large-inherit-decay": Variant(
-        "feature imitation (PKD) in place of cross-head, without ranking",
+        "feature imitation (PKD), larger teacher, decaying, inheriting",
         {"arm": "feature-imitation", **_DECAY},
         "one-to-many-large",
         _TEACHER,
     ),
     "weighted-imitation-large-inherit-decay": Variant(
-        "feature imitation (weighted L2, weight 6) in place of cross-head, without ranking",
+        "feature imitation (weighted L2, weight 6), larger teacher, decaying, inheriting",
         {"arm": "weighted-imitation", "imitation": 6.0, **_DECAY},
-        "one-to-many-large",
-        _TEACHER,
-    ),
-    "own-head-imitation-large-inherit-decay": Variant(
-        "own-head imitation in place of cross-head, without ranking",
-        {"arm": "own-head-imitation", **_DECAY},
         "one-to-many-large",
         _TEACHER,
     ),
@@ -310,14 +302,14 @@ STUDIES = {
     "main": (
         "one-to-many",
         "one-to-one",
-        "cross-head-large-inherit-decay-ranking",
-        "cross-head-large-inherit-decay",
-        "cross-head-large",
-        "cross-head",
         "one-to-one-inherit",
+        "one-to-one-inherit-2x",
         "auxiliary-head",
-        "feature-imitation-large",
-        "own-head-imitation-large",
+        "own-head-imitation",
+        "feature-imitation-large-inherit-decay",
+        "cross-head",
+        "cross-head-large-inherit-decay",
+        "cross-head-large-inherit-decay-ranking",
     ),
 }
 

@@ -105,24 +105,28 @@ def table(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
 
 
 def gains(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
-    """AP of every variant without NMS over that of the one-to-many baseline with NMS, seed by seed, on several sets."""
+    """AP of every variant without NMS over that of the one-to-many baseline with NMS, seed by seed, the best first.
+
+    The last column is the mean over the sets, and its standard deviation over the seeds that all sets have.
+    """
     sets = [name for name in data if BASELINE in grouped(lines, name, split)]
     found = {name: grouped(lines, name, split) for name in sets}
     rows = []
     for variant in VARIANTS:
-        cells, every = [], []
+        by_seed = []
         for name in sets:
             base = {run["seed"]: run["scores"]["ap_nms"] for run in baseline(found[name])}
-            pairs = [
-                100 * (run["scores"]["ap"] - base[run["seed"]])
-                for run in found[name].get(variant, [])
-                if run["seed"] in base
-            ]
-            cells.append(_plus_minus(pairs, sign=True))
-            every += [statistics.mean(pairs)] if pairs else []
-        if len(every) == len(sets) and sets:
-            rows.append([VARIANTS[variant].title, *cells, f"**{statistics.mean(every):+.1f}**"])
-    return markdown(["variant, without NMS", *sets, "mean"], rows)
+            runs = {run["seed"]: run["scores"]["ap"] for run in found[name].get(variant, [])}
+            by_seed.append({seed: 100 * (runs[seed] - base[seed]) for seed in sorted(runs.keys() & base.keys())})
+        if sets and all(by_seed):
+            mean = statistics.mean(statistics.mean(one.values()) for one in by_seed)
+            shared = set.intersection(*(set(one) for one in by_seed))
+            means = [statistics.mean(one[seed] for one in by_seed) for seed in sorted(shared)]
+            deviation = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
+            cells = [_plus_minus(list(one.values()), sign=True) for one in by_seed]
+            rows.append((mean, [VARIANTS[variant].title, *cells, f"**{mean:+.1f}**{deviation}"]))
+    ranked = [row for _, row in sorted(rows, key=lambda row: -row[0])]
+    return markdown(["variant, without NMS", *sets, "mean"], ranked)
 
 
 def memorised(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
