@@ -36,8 +36,8 @@ def inherit(
 ) -> Inheritance:
     """Copy what fits of the teacher's backbone and neck into the student: same name, same shape.
 
-    A one-to-one student is starved of positives and gains from a start; its head is not touched, because a one-to-many
-    head would begin with many high scores an object.
+    A one-to-one student is starved of positives and gains from a start. Its head is not touched: a one-to-many head
+    begins with many high scores an object, and copying it helped on some sets and harmed on another (docs/results.md).
 
     Args:
         student: torchvision's FCOS or RetinaNet, a `DetectorAdapter` (its ``trunk()`` is what is copied into), or an
