@@ -158,7 +158,7 @@ VARIANTS = {
         "cross-head, larger teacher, inheriting", _CROSS, "one-to-many-large", _TEACHER
     ),
     "cross-head-large-inherit-decay-ranking": Variant(
-        "cross-head as recommended: larger teacher, decaying, inheriting, ranking",
+        "cross-head as recommended",
         {**_CROSS, **_DECAY, "ranking": 0.25},
         "one-to-many-large",
         _TEACHER,
