@@ -173,6 +173,20 @@ VARIANTS = {
         _TEACHER,
         length=2,
     ),
+    "cross-head-large-inherit-decay-ranking-2x": Variant(
+        "cross-head as recommended, twice as long",
+        {**_CROSS, **_DECAY, "ranking": 0.25},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
+    ),
+    "cross-head-large-inherit-decay-ranking-0.1-2x": Variant(
+        "cross-head as recommended, ranking 0.1, twice as long",
+        {**_CROSS, **_DECAY, "ranking": 0.1},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
+    ),
     "cross-head-large-inherit-decay-double": Variant(
         "cross-head as recommended, without ranking, weights 2",
         {**_CROSS, **_DECAY, "distill_classification": 2.0, "distill_box": 2.0},
@@ -206,6 +220,13 @@ VARIANTS = {
         {"arm": "feature-imitation", **_DECAY},
         "one-to-many-large",
         _TEACHER,
+    ),
+    "feature-imitation-large-inherit-decay-2x": Variant(
+        "feature imitation (PKD), larger teacher, decaying, inheriting, twice as long",
+        {"arm": "feature-imitation", **_DECAY},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
     ),
     "weighted-imitation-large-inherit-decay": Variant(
         "feature imitation (weighted L2, weight 6), larger teacher, decaying, inheriting",
