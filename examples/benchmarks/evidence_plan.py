@@ -180,6 +180,12 @@ VARIANTS = {
         _TEACHER,
         length=2,
     ),
+    "cross-head-large-inherit-decay-ranking-0.1": Variant(
+        "cross-head as recommended, ranking 0.1",
+        {**_CROSS, **_DECAY, "ranking": 0.1},
+        "one-to-many-large",
+        _TEACHER,
+    ),
     "cross-head-large-inherit-decay-ranking-0.1-2x": Variant(
         "cross-head as recommended, ranking 0.1, twice as long",
         {**_CROSS, **_DECAY, "ranking": 0.1},
@@ -258,6 +264,9 @@ VARIANTS = {
     "one-to-one-inherit": Variant("one-to-one, inheriting", {"arm": "one-to-one", "inherit": True}, _TEACHER),
     "one-to-one-inherit-2x": Variant(
         "one-to-one, inheriting, twice as long", {"arm": "one-to-one", "inherit": True}, _TEACHER, length=2
+    ),
+    "one-to-one-inherit-3x": Variant(
+        "one-to-one, inheriting, three times as long", {"arm": "one-to-one", "inherit": True}, _TEACHER, length=3
     ),
     "auxiliary-head-inherit": Variant(
         "one-to-one, auxiliary head, inheriting",
