@@ -158,55 +158,55 @@ VARIANTS = {
         "cross-head, larger teacher, inheriting", _CROSS, "one-to-many-large", _TEACHER
     ),
     "cross-head-large-inherit-decay-ranking": Variant(
-        "cross-head as recommended",
+        "cross-head recipe, ranking 0.25",
         {**_CROSS, **_DECAY, "ranking": 0.25},
         "one-to-many-large",
         _TEACHER,
     ),
     "cross-head-large-inherit-decay": Variant(
-        "cross-head as recommended, without ranking", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER
+        "cross-head recipe", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER
     ),
     "cross-head-large-inherit-decay-2x": Variant(
-        "cross-head as recommended, without ranking, twice as long",
+        "cross-head recipe, twice as long",
         {**_CROSS, **_DECAY},
         "one-to-many-large",
         _TEACHER,
         length=2,
     ),
     "cross-head-large-inherit-decay-ranking-2x": Variant(
-        "cross-head as recommended, twice as long",
+        "cross-head recipe, ranking 0.25, twice as long",
         {**_CROSS, **_DECAY, "ranking": 0.25},
         "one-to-many-large",
         _TEACHER,
         length=2,
     ),
     "cross-head-large-inherit-decay-ranking-0.1": Variant(
-        "cross-head as recommended, ranking 0.1",
+        "cross-head recipe, ranking 0.1",
         {**_CROSS, **_DECAY, "ranking": 0.1},
         "one-to-many-large",
         _TEACHER,
     ),
     "cross-head-large-inherit-decay-ranking-0.1-2x": Variant(
-        "cross-head as recommended, ranking 0.1, twice as long",
+        "cross-head recipe, ranking 0.1, twice as long",
         {**_CROSS, **_DECAY, "ranking": 0.1},
         "one-to-many-large",
         _TEACHER,
         length=2,
     ),
     "cross-head-large-inherit-decay-double": Variant(
-        "cross-head as recommended, without ranking, weights 2",
+        "cross-head recipe, weights 2",
         {**_CROSS, **_DECAY, "distill_classification": 2.0, "distill_box": 2.0},
         "one-to-many-large",
         _TEACHER,
     ),
     "cross-head-large-inherit-decay-auxiliary": Variant(
-        "cross-head as recommended, without ranking, with an auxiliary head",
+        "cross-head recipe, with an auxiliary head",
         {**_CROSS, **_DECAY, "auxiliary_head": True},
         "one-to-many-large",
         _TEACHER,
     ),
     "cross-head-large-2x-inherit-decay-ranking": Variant(
-        "cross-head as recommended, the larger teacher trained twice as long",
+        "cross-head recipe, ranking 0.25, the larger teacher trained twice as long",
         {**_CROSS, **_DECAY, "ranking": 0.25},
         "one-to-many-large-2x",
         _TEACHER,
@@ -220,7 +220,7 @@ VARIANTS = {
     "feature-imitation-large": Variant(
         "feature imitation (PKD), larger teacher", {"arm": "feature-imitation"}, "one-to-many-large"
     ),
-    # --- the same teacher, inheritance and decay as recommended, other distillation
+    # --- the recipe's teacher, inheritance and decay, other distillation
     "feature-imitation-large-inherit-decay": Variant(
         "feature imitation (PKD), larger teacher, decaying, inheriting",
         {"arm": "feature-imitation", **_DECAY},
@@ -340,6 +340,13 @@ STUDIES = {
         "cross-head",
         "cross-head-large-inherit-decay",
         "cross-head-large-inherit-decay-ranking",
+    ),
+    "longer": (
+        "one-to-one-inherit-2x",
+        "one-to-one-inherit-3x",
+        "feature-imitation-large-inherit-decay-2x",
+        "cross-head-large-inherit-decay-2x",
+        "cross-head-large-inherit-decay-ranking-0.1-2x",
     ),
 }
 
