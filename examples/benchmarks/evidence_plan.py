@@ -163,9 +163,7 @@ VARIANTS = {
         "one-to-many-large",
         _TEACHER,
     ),
-    "cross-head-large-inherit-decay": Variant(
-        "cross-head recipe", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER
-    ),
+    "cross-head-large-inherit-decay": Variant("cross-head recipe", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER),
     "cross-head-large-inherit-decay-2x": Variant(
         "cross-head recipe, twice as long",
         {**_CROSS, **_DECAY},
