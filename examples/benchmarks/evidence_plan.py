@@ -171,6 +171,13 @@ VARIANTS = {
         _TEACHER,
         length=2,
     ),
+    "cross-head-large-inherit-decay-features-2x": Variant(
+        "cross-head recipe with feature imitation, twice as long",
+        {**_CROSS, **_DECAY, "distill_features": 1.0},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
+    ),
     "cross-head-large-inherit-decay-ranking-2x": Variant(
         "cross-head recipe, ranking 0.25, twice as long",
         {**_CROSS, **_DECAY, "ranking": 0.25},
@@ -344,6 +351,7 @@ STUDIES = {
         "one-to-one-inherit-3x",
         "feature-imitation-large-inherit-decay-2x",
         "cross-head-large-inherit-decay-2x",
+        "cross-head-large-inherit-decay-features-2x",
         "cross-head-large-inherit-decay-ranking-0.1-2x",
     ),
 }

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.image_list import ImageList
@@ -94,6 +93,7 @@ def build_arm(
     classification_weight: float = 1.0,
     box_weight: float = 1.0,
     quality_weight: float = 0.0,
+    feature_weight: float = 0.0,
     imitation_weight: float = 1.0,
     alignment: Literal["statistics", "none"] = "statistics",
     ranking_weight: float = 0.0,
@@ -111,7 +111,8 @@ def build_arm(
         classification_weight: Of the distillation's classification term.
         box_weight: Of the distillation's box term.
         quality_weight: Of the distillation's quality term.
-        imitation_weight: Of feature imitation.
+        feature_weight: Of feature imitation beside cross-head distillation.
+        imitation_weight: Of feature imitation alone.
         alignment: Of the student's features to the teacher's.
         ranking_weight: Of the one-to-one ranking term.
         auxiliary_head: Train a second head one-to-many beside the student's own.
@@ -144,6 +145,7 @@ def build_arm(
             classification_weight=classification_weight,
             box_weight=box_weight,
             quality_weight=quality_weight,
+            feature_weight=feature_weight,
             alignment=alignment,
             entry=entry,
         )
@@ -204,8 +206,8 @@ class AuxiliaryHead(EndToEndDetector):
 class _Imitation(CrossHeadDistiller):
     imitation_weight = 1.0
 
-    def imitation(self, losses: list[Tensor]) -> dict[str, Tensor]:
-        return {"imitation": self.distillation_weight * self.imitation_weight * torch.stack(losses).sum()}
+    def imitation(self, loss: Tensor) -> dict[str, Tensor]:
+        return {"imitation": self.distillation_weight * self.imitation_weight * loss}
 
 
 class StandardisedImitation(_Imitation):
@@ -214,11 +216,9 @@ class StandardisedImitation(_Imitation):
     def distillation_losses(
         self, features: list[Tensor], predictions: DensePredictions, batch: Batch
     ) -> dict[str, Tensor]:
-        """Sum over levels of the mean over everything else."""
+        """`functional.feature_imitation_loss`: a sum over levels."""
         teacher = self.teacher_features(batch)
-        pairs = zip(self.align(features, teacher), teacher, strict=True)
-        losses = [F.mse_loss(_standardised(s), _standardised(t)) / 2 for s, t in pairs]
-        return self.imitation(losses)
+        return self.imitation(functional.feature_imitation_loss(self.align(features, teacher), teacher))
 
 
 class WeightedImitation(_Imitation):
@@ -241,13 +241,7 @@ class WeightedImitation(_Imitation):
             n, channels, height, width = t.shape
             weight = w.view(n, 1, height, width, -1).amax(dim=-1)  # of several anchors, the surest
             losses.append(((s.float() - t.float()) ** 2 * weight).sum() / (weight.sum() * channels + 1e-9))
-        return self.imitation(losses)
-
-
-def _standardised(x: Tensor) -> Tensor:
-    """Mean 0 and variance 1 per channel over the batch, ``(N, *, H, W)``."""
-    var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0, keepdim=True)
-    return (x - mean) * (var + 1e-5).rsqrt()
+        return self.imitation(torch.stack(losses).sum())
 
 
 class OwnHeadImitation(CrossHeadDistiller):

@@ -62,9 +62,10 @@ class Options:
     distill_classification: float = _option(1.0, "weight of the distillation's classification term")
     distill_box: float = _option(1.0, "weight of the distillation's box term")
     distill_quality: float = _option(0.0, "weight of the distillation's quality term")
+    distill_features: float = _option(0.0, "weight of feature imitation beside cross-head distillation")
     distill_warmup: float = _option(0.0, "share of the run over which distillation's weight rises from 0")
     distill_decay: str = _option("none", "of distillation's weight, to 1 percent", ("none", "linear", "cosine"))
-    imitation: float = _option(1.0, "weight of feature imitation")
+    imitation: float = _option(1.0, "weight of feature imitation where it is the arm")
     alignment: str = _option("statistics", "of student features to the teacher's", ("statistics", "none"))
     entry: int = _option(0, "convolutions of the student's head that run before it enters the teacher's (cross-head)")
 

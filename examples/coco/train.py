@@ -176,6 +176,7 @@ def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) ->
         classification_weight=options.distill_classification,
         box_weight=options.distill_box,
         quality_weight=options.distill_quality,
+        feature_weight=options.distill_features,
         imitation_weight=options.imitation,
         alignment=options.alignment,  # type: ignore[arg-type]  # checked by argparse
         ranking_weight=options.ranking,

@@ -43,6 +43,8 @@ class CrossHeadDistiller(nn.Module):
         quality_weight: Weight of the cross-head quality loss (centerness, objectness), at least 0; off by default.
         distribution_weight: Weight of the cross-head loss on distance bins, for heads that have them, at least 0; off
             by default.
+        feature_weight: Weight of the imitation of the maps themselves beside what the head says on them, at least 0;
+            off by default. In long training it was ahead of either alone (docs/results.md).
         gamma: Exponent of the classification loss, 0 or at least 1.
         confidence_threshold: Teacher confidence from which a point counts in the normaliser, 0…1.
         alignment: "statistics" or "none"; see `FeatureAligner`.
@@ -70,6 +72,7 @@ class CrossHeadDistiller(nn.Module):
         box_weight: float = 1.0,
         quality_weight: float = 0.0,
         distribution_weight: float = 0.0,
+        feature_weight: float = 0.0,
         gamma: float = 1.0,
         confidence_threshold: float = 0.05,
         alignment: Alignment = "statistics",
@@ -80,6 +83,7 @@ class CrossHeadDistiller(nn.Module):
         check_option("box_weight", box_weight, low=0)
         check_option("quality_weight", quality_weight, low=0)
         check_option("distribution_weight", distribution_weight, low=0)
+        check_option("feature_weight", feature_weight, low=0)
         check_option("confidence_threshold", confidence_threshold, low=0, high=1)
         if gamma != 0:
             check_option("gamma", gamma, low=1)  # between 0 and 1 the gradient is infinite where both heads agree
@@ -88,6 +92,7 @@ class CrossHeadDistiller(nn.Module):
         self.box_weight = box_weight
         self.quality_weight = quality_weight
         self.distribution_weight = distribution_weight
+        self.feature_weight = feature_weight
         self.gamma = gamma
         self.confidence_threshold = confidence_threshold
         self.distillation_weight = 1.0
@@ -177,8 +182,8 @@ class CrossHeadDistiller(nn.Module):
 
         Returns:
             In training mode ``"classification"`` and ``"bbox_regression"`` of the student, and
-            ``"distill_classification"``, ``"distill_bbox_regression"`` and, if weighted, ``"distill_quality"`` and
-            ``"distill_distribution"``.
+            ``"distill_classification"``, ``"distill_bbox_regression"`` and, if weighted, ``"distill_quality"``,
+            ``"distill_distribution"`` and ``"distill_features"``.
 
         Raises:
             ImageError: Images are not float ``(3, H, W)`` tensors.
@@ -224,8 +229,14 @@ class CrossHeadDistiller(nn.Module):
             batch: What the pyramid was made from.
         """
         del predictions
-        teacher, cross = self.cross(features, batch)
-        return self.compare(cross, teacher)
+        maps = self._teacher_maps(batch)
+        aligned = self.align(features, maps)
+        teacher, cross = self._judged(aligned, maps, batch)
+        losses = self.compare(cross, teacher)
+        if self.feature_weight > 0:
+            imitation = functional.feature_imitation_loss(aligned, maps)
+            losses["distill_features"] = self.distillation_weight * self.feature_weight * imitation
+        return losses
 
     def cross(self, features: list[Tensor], batch: Batch) -> tuple[DensePredictions, DensePredictions]:
         """What the teacher's head says on its own features, and what it says on the student's, with a graph.
@@ -234,12 +245,23 @@ class CrossHeadDistiller(nn.Module):
             features: The student's `entry_maps`.
             batch: What they were made from.
         """
+        maps = self._teacher_maps(batch)
+        return self._judged(self.align(features, maps), maps, batch)
+
+    def _teacher_maps(self, batch: Batch) -> list[Tensor]:
+        """What enters the teacher's head, or passes its ``entry``, without a graph."""
         with torch.no_grad():
-            maps = self._at_teacher.maps(self.teacher, self.teacher_features(batch))
+            return self._at_teacher.maps(self.teacher, self.teacher_features(batch))
+
+    def _judged(
+        self, aligned: list[Tensor], maps: list[Tensor], batch: Batch
+    ) -> tuple[DensePredictions, DensePredictions]:
+        """What the teacher's head says on its own maps and on the student's; both stay as they are."""
+        with torch.no_grad():
             on_teacher = self._at_teacher.predictions(self.teacher, maps, batch)
         where = f"teacher {type(self.teacher).__name__}.head()"
         check_predictions(on_teacher, where=where, images=len(batch.images))
-        return on_teacher, self._at_teacher.predictions(self.teacher, self.align(features, maps), batch)
+        return on_teacher, self._at_teacher.predictions(self.teacher, aligned, batch)
 
     def teacher_features(self, batch: Batch) -> list[Tensor]:
         """The teacher's pyramid, without a graph."""

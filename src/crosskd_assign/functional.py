@@ -7,6 +7,8 @@ scalar that is connected to the graph even when nothing is matched. ``normalizer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ __all__ = [
     "cross_head_distribution_loss",
     "cross_head_quality_loss",
     "distillation_normalizer",
+    "feature_imitation_loss",
     "mean_over_ranks",
     "one_to_one_box_loss",
     "one_to_one_classification_loss",
@@ -260,6 +263,33 @@ def cross_head_quality_loss(
     target = at_least_float32(teacher_quality.detach()).sigmoid()
     entropy = F.binary_cross_entropy_with_logits(at_least_float32(cross_quality), target, reduction="none")
     return (confidence.detach() * entropy).sum() / normalizer
+
+
+def feature_imitation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
+    """Σ over maps of the mean over channels of 1 − r, r being Pearson's correlation of a channel with the teacher's.
+
+    Computed as half the mean squared difference of both maps, standardised per channel over the batch; unlike the
+    cross-head losses it hears the background, too, and no head.
+
+    Source: PKD, Cao et al., "General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
+    NeurIPS 2022, eq. 3.
+
+    Args:
+        student: Maps ``(N, *, H, W)``, each of the shape of the teacher's.
+        teacher: Maps ``(N, *, H, W)``; no gradient flows into them.
+        eps: Added to the variances, so that a constant channel counts as zero.
+
+    Returns:
+        A scalar.
+    """
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([F.mse_loss(_standardized(s, eps), _standardized(t.detach(), eps)) for s, t in pairs]).sum() / 2
+
+
+def _standardized(x: Tensor, eps: float) -> Tensor:
+    x = at_least_float32(x)
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+    return (x - mean) * (var + eps).rsqrt()
 
 
 def align_statistics(student: Tensor, teacher: Tensor, eps: float = 1e-5) -> Tensor:
