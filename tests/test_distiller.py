@@ -56,7 +56,9 @@ def test_a_student_with_the_teachers_features_gets_the_teachers_predictions_and_
             for (convolution,) in student.backbone.fpn.layer_blocks:
                 convolution.weight *= 2
                 convolution.bias.mul_(2).add_(0.5)
-    distiller = CrossHeadDistiller(student, teacher, alignment=alignment, quality_weight=int(kind == "fcos"))
+    distiller = CrossHeadDistiller(
+        student, teacher, alignment=alignment, quality_weight=int(kind == "fcos"), feature_weight=1
+    )
     images, targets = scene(SIZES)
     on_teacher, cross = crossed(distiller, images)
     for field in ("logits", "boxes", "quality"):
@@ -65,7 +67,7 @@ def test_a_student_with_the_teachers_features_gets_the_teachers_predictions_and_
     losses = distilled(distiller(images, targets))
     losses.pop("distill_quality", None)  # binary cross-entropy: its least value is the entropy of the target
     assert all(abs(float(loss.detach())) < 1e-4 for loss in losses.values())
-    assert len(losses) == 2
+    assert len(losses) == 3
 
 
 def test_the_teacher_sees_images_and_padding_in_its_own_normalisation():
@@ -181,17 +183,30 @@ def test_a_head_that_works_in_place_edits_no_features(worker, alignment):
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_feature_imitation_pulls_the_students_pyramid_and_neither_head(alignment):
+    distiller = pair("fcos", "retinanet", alignment=alignment, feature_weight=1)
+    images, targets = scene(SIZES)
+    model = distiller.detector.model
+    distiller(images, targets)["distill_features"].backward()
+    assert total({name: p.grad.abs().sum() for name, p in model.backbone.named_parameters() if p.grad is not None}) > 0
+    assert all(p.grad is None or not p.grad.any() for p in model.head.parameters())
+    assert all(p.grad is None for p in distiller.teacher.parameters())
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
 def test_weights_scale_their_loss_zero_removes_it_and_the_students_losses_stay():
     images, targets = scene(SIZES)
-    usual = pair(quality_weight=1)(images, targets)
+    on = {"quality_weight": 1, "feature_weight": 1}
+    usual = pair(**on)(images, targets)
     names = {"classification_weight": "classification", "box_weight": "bbox_regression", "quality_weight": "quality"}
+    names["feature_weight"] = "features"
     assert set(distilled(usual)) == {f"distill_{name}" for name in names.values()}
     assert set(distilled(pair()(images, targets))) == {"distill_classification", "distill_bbox_regression"}
     for option, name in names.items():
-        weights: dict[str, Any] = {"quality_weight": 1, option: 2.5}
+        weights: dict[str, Any] = {**on, option: 2.5}
         other = pair(**weights)(images, targets)
         torch.testing.assert_close(other.pop(f"distill_{name}"), 2.5 * usual[f"distill_{name}"])
         gone = pair(**{**weights, option: 0})(images, targets)
@@ -203,7 +218,7 @@ def test_weights_scale_their_loss_zero_removes_it_and_the_students_losses_stay()
 
 def test_the_distillation_weight_scales_all_distillation_losses_and_no_other():
     images, targets = scene(SIZES)
-    distiller = pair(quality_weight=1)
+    distiller = pair(quality_weight=1, feature_weight=1)
     usual = distiller(images, targets)
     for weight in (0.0, 0.5, 2.0):
         distiller.distillation_weight = weight
@@ -224,6 +239,7 @@ def test_gamma_threshold_and_alignment_reach_the_losses():
         {"classification_weight": -1},
         {"box_weight": -1},
         {"quality_weight": -1},
+        {"feature_weight": -1},
         {"gamma": 0.5},
         {"confidence_threshold": 2},
         {"alignment": "adain"},

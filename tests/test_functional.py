@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
@@ -52,6 +54,10 @@ def cross_quality(quality: Tensor, teacher: Tensor) -> Tensor:
     return functional.cross_head_quality_loss(quality, teacher, confidence, normalizer=3.0)
 
 
+def imitation(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    return functional.feature_imitation_loss([student, student[:, :1]], [teacher, teacher[:, :1]], **options)
+
+
 def one_to_one_box(predicted: Tensor) -> Tensor:
     return functional.one_to_one_box_loss(predicted, ASSIGNMENT, boxes(3, seed=7), normalizer=3.0)
 
@@ -69,6 +75,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Tensor, Any]] = {
     "cross_classification_gamma_2": (partial(cross_classification, gamma=2), normal(2, 5, 3), normal(2, 5, 3, seed=1)),
     "cross_box": (cross_box, boxes(2, 5), boxes(2, 5, seed=1)),
     "cross_quality": (cross_quality, normal(2, 5), normal(2, 5, seed=1)),
+    "feature_imitation": (imitation, normal(2, 3, 4, 5), 3 * normal(2, 3, 4, 5, seed=1) - 1),
     "align_statistics": (functional.align_statistics, normal(2, 3, 4, 5), 3 * normal(2, 3, 2, 6, seed=1) - 1),
 }
 WITH_TEACHER = [name for name, (_, _, teacher) in LOSSES.items() if teacher is not None]
@@ -307,6 +314,30 @@ def test_the_mean_over_ranks_of_a_single_process_is_the_value_without_gradient()
     value = torch.tensor(3.0, requires_grad=True)
     mean = functional.mean_over_ranks(2 * value)
     assert (float(mean), mean.requires_grad) == (6.0, False)
+
+
+# --- imitation of features --------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000), st.lists(st.floats(0.1, 10), min_size=3, max_size=3), st.floats(-20, 20))
+def test_feature_imitation_is_one_minus_the_correlation_of_numpy(seed, gain, offset):
+    student, teacher = normal(2, 3, 4, 5, seed=seed), normal(2, 3, 4, 5, seed=seed + 1)
+    channels = zip(*(x.transpose(0, 1).flatten(1).numpy() for x in (student, teacher)), strict=True)
+    expected = np.mean([1 - np.corrcoef(s, t)[0, 1] for s, t in channels])
+    found = functional.feature_imitation_loss([student], [teacher], eps=0)
+    assert float(found) == pytest.approx(expected, abs=1e-9)
+    changed = student * torch.tensor(gain, dtype=student.dtype)[:, None, None] + offset
+    assert float(functional.feature_imitation_loss([changed], [teacher], eps=0)) == pytest.approx(expected, abs=1e-6)
+    three = functional.feature_imitation_loss([student, teacher, teacher], [teacher, -teacher, student], eps=0)
+    assert float(three) == pytest.approx(2 * expected + 2, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 2, 3, 3)])
+def test_feature_imitation_of_constant_maps_is_finite_and_has_finite_gradients(shape):
+    student, teacher = torch.full(shape, 3.0, requires_grad=True), torch.full(shape, -1.0)
+    loss = functional.feature_imitation_loss([student], [teacher])
+    assert float(loss.detach()) == 0
+    assert gradient(loss, student).isfinite().all()
 
 
 # --- alignment of statistics ------------------------------------------------------------------------------------------

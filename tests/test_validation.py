@@ -117,7 +117,11 @@ def test_shares_of_a_detector_end_at_1(option):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [*((o, -1) for o in [*AT_LEAST_0, "quality_weight"]), ("confidence_threshold", 2), ("gamma", 0.5)],
+    [
+        *((o, -1) for o in [*AT_LEAST_0, "quality_weight", "feature_weight"]),
+        ("confidence_threshold", 2),
+        ("gamma", 0.5),
+    ],
 )
 def test_a_distiller_names_the_option_that_is_out_of_range(option, value):
     with pytest.raises(OptionError, match=f"^Expected {option} .* but got {value} "):

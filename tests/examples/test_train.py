@@ -188,16 +188,16 @@ def test_the_options_of_distillation_reach_the_distiller(workshop, teacher, tmp_
         return built[0]
 
     monkeypatch.setattr(train, "build_arm", build)
-    options = {"distill_classification": 0.5, "distill_box": 0.25, "distill_quality": 2.0}
+    options = {"distill_classification": 0.5, "distill_box": 0.25, "distill_quality": 2.0, "distill_features": 3.0}
     options |= {"alignment": "none", "entry": 1, "metric": "yolo"}
     assert workshop.train(tmp_path / "run", arm="cross-head", teacher=teacher, **options) == 0
     distiller = built[0].trainee
     assert isinstance(distiller, CrossHeadDistiller)
     weights = (distiller.classification_weight, distiller.box_weight, distiller.quality_weight)
-    assert weights == (0.5, 0.25, 2.0)
+    assert (*weights, distiller.feature_weight) == (0.5, 0.25, 2.0, 3.0)
     assert (distiller.aligner.alignment, distiller.entry) == ("none", 1)
     assert distiller.detector.assigner == METRICS["yolo"]
-    assert "distill_quality" in lines(tmp_path / "run", "train")[0]["losses"]
+    assert {"distill_quality", "distill_features"} <= set(lines(tmp_path / "run", "train")[0]["losses"])
 
 
 @pytest.mark.usefixtures("no_pictures")
