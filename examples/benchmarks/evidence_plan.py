@@ -178,6 +178,19 @@ VARIANTS = {
         _TEACHER,
         length=2,
     ),
+    "cross-head-large-inherit-decay-features": Variant(
+        "cross-head recipe with feature imitation",
+        {**_CROSS, **_DECAY, "distill_features": 1.0},
+        "one-to-many-large",
+        _TEACHER,
+    ),
+    "cross-head-large-inherit-decay-features-ranking-0.1-2x": Variant(
+        "cross-head recipe with feature imitation, ranking 0.1, twice as long",
+        {**_CROSS, **_DECAY, "distill_features": 1.0, "ranking": 0.1},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
+    ),
     "cross-head-large-inherit-decay-ranking-2x": Variant(
         "cross-head recipe, ranking 0.25, twice as long",
         {**_CROSS, **_DECAY, "ranking": 0.25},
@@ -235,6 +248,20 @@ VARIANTS = {
     "feature-imitation-large-inherit-decay-2x": Variant(
         "feature imitation (PKD), larger teacher, decaying, inheriting, twice as long",
         {"arm": "feature-imitation", **_DECAY},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
+    ),
+    "feature-imitation-large-inherit-decay-ranking-0.1-2x": Variant(
+        "feature imitation (PKD), larger teacher, decaying, inheriting, ranking 0.1, twice as long",
+        {"arm": "feature-imitation", **_DECAY, "ranking": 0.1},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
+    ),
+    "feature-imitation-2-large-inherit-decay-2x": Variant(
+        "feature imitation (PKD), weight 2, larger teacher, decaying, inheriting, twice as long",
+        {"arm": "feature-imitation", **_DECAY, "imitation": 2.0},
         "one-to-many-large",
         _TEACHER,
         length=2,
@@ -344,15 +371,18 @@ STUDIES = {
         "feature-imitation-large-inherit-decay",
         "cross-head",
         "cross-head-large-inherit-decay",
+        "cross-head-large-inherit-decay-features",
         "cross-head-large-inherit-decay-ranking",
     ),
     "longer": (
+        "one-to-many-2x",
         "one-to-one-inherit-2x",
         "one-to-one-inherit-3x",
         "feature-imitation-large-inherit-decay-2x",
         "cross-head-large-inherit-decay-2x",
         "cross-head-large-inherit-decay-features-2x",
         "cross-head-large-inherit-decay-ranking-0.1-2x",
+        "cross-head-large-inherit-decay-features-ranking-0.1-2x",
     ),
 }
 
