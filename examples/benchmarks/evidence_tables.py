@@ -72,10 +72,10 @@ def title(name: str) -> str:
     return VARIANTS[name.removesuffix(BY_CLASS)].title + (", ranked by class alone" if name.endswith(BY_CLASS) else "")
 
 
-def baseline(found: Groups) -> list[Line]:
-    """The one-to-many baseline: ranked as it does better with NMS, by class · centerness or by class alone."""
-    rankings = [found[name] for name in (BASELINE, BASELINE + BY_CLASS) if name in found]
-    return max(rankings, key=lambda runs: statistics.mean(run["scores"]["ap_nms"] for run in runs))
+def with_nms(found: Groups, variant: str = BASELINE) -> list[Line]:
+    """One-to-many runs, ranked as they do better with NMS, by class · centerness or by class alone."""
+    rankings = [found[name] for name in (variant, variant + BY_CLASS) if name in found]
+    return max(rankings, key=lambda runs: statistics.mean(run["scores"]["ap_nms"] for run in runs), default=[])
 
 
 def table(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
@@ -107,26 +107,36 @@ def table(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
 def gains(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
     """AP of every variant without NMS over that of the one-to-many baseline with NMS, seed by seed, the best first.
 
-    The last column is the mean over the sets, and its standard deviation over the seeds that all sets have.
+    Other one-to-many variants have a second row, with NMS. The last column is the mean over the sets, and its standard
+    deviation over the seeds that all sets have.
     """
-    sets = [name for name in data if BASELINE in grouped(lines, name, split)]
-    found = {name: grouped(lines, name, split) for name in sets}
-    rows = []
+    found = {name: groups for name in data if BASELINE in (groups := grouped(lines, name, split))}
+    bases = [_by_seed(with_nms(groups), "ap_nms") for groups in found.values()]
+    contenders = []
     for variant in VARIANTS:
-        by_seed = []
-        for name in sets:
-            base = {run["seed"]: run["scores"]["ap_nms"] for run in baseline(found[name])}
-            runs = {run["seed"]: run["scores"]["ap"] for run in found[name].get(variant, [])}
-            by_seed.append({seed: 100 * (runs[seed] - base[seed]) for seed in sorted(runs.keys() & base.keys())})
-        if sets and all(by_seed):
+        contenders.append((VARIANTS[variant].title, [_by_seed(g.get(variant, []), "ap") for g in found.values()]))
+        if variant.startswith(BASELINE) and variant != BASELINE:
+            runs = [_by_seed(with_nms(groups, variant), "ap_nms") for groups in found.values()]
+            contenders.append((f"{VARIANTS[variant].title}, with NMS", runs))
+    rows = []
+    for name, runs in contenders:
+        by_seed = [
+            {seed: run[seed] - base[seed] for seed in sorted(run.keys() & base.keys())}
+            for run, base in zip(runs, bases, strict=True)
+        ]
+        if found and all(by_seed):
             mean = statistics.mean(statistics.mean(one.values()) for one in by_seed)
             shared = set.intersection(*(set(one) for one in by_seed))
             means = [statistics.mean(one[seed] for one in by_seed) for seed in sorted(shared)]
             deviation = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
             cells = [_plus_minus(list(one.values()), sign=True) for one in by_seed]
-            rows.append((mean, [VARIANTS[variant].title, *cells, f"**{mean:+.1f}**{deviation}"]))
+            rows.append((mean, [name, *cells, f"**{mean:+.1f}**{deviation}"]))
     ranked = [row for _, row in sorted(rows, key=lambda row: -row[0])]
-    return markdown(["variant, without NMS", *sets, "mean"], ranked)
+    return markdown(["variant, without NMS unless it says so", *found, "mean"], ranked)
+
+
+def _by_seed(runs: Sequence[Line], key: str) -> dict[int, float]:
+    return {run["seed"]: 100 * run["scores"][key] for run in runs}
 
 
 def memorised(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
@@ -171,7 +181,7 @@ def draw(found: Groups, path: Path, data: str) -> None:
     """AP of every variant without and with NMS, a dot a seed, beside the baseline with NMS."""
     names = list(found)
     figure, axes = plt.subplots(figsize=(8, 0.8 + 0.28 * len(names)), layout="constrained")
-    base = statistics.mean(100 * run["scores"]["ap_nms"] for run in baseline(found))
+    base = statistics.mean(100 * run["scores"]["ap_nms"] for run in with_nms(found))
     axes.axvline(base, color="0.6", linestyle="--", linewidth=1, label="one-to-many with NMS, mean")
     for y, name in enumerate(names):
         for key, style in (

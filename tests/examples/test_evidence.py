@@ -137,6 +137,7 @@ def line(variant: str, seed: int, ap: float, ap_nms: float) -> dict[str, Any]:
 def test_tables_and_plots_say_what_the_lines_say(tmp_path):
     lines = [line("one-to-many", s, 0.2, 0.3 + s / 100) for s in range(3)]
     lines += [line("cross-head", s, 0.33 + s / 100, 0.34) for s in range(3)]
+    lines += [line("one-to-many-2x", s, 0.1, 0.35 + s / 100) for s in range(3)]
     results, document = tmp_path / "runs.jsonl", tmp_path / "results.md"
     results.write_text("".join(json.dumps(x) + "\n" for x in lines))
     names = ("table: bccd final", "gains: bccd,pcb final", "memory: bccd final")
@@ -151,6 +152,7 @@ def test_tables_and_plots_say_what_the_lines_say(tmp_path):
     assert "| one-to-many, ranked by class alone | 30 | 20.0 ± 0.0 | 32.0 ± 1.0 |" in text
     assert "| cross-head | 30 + 30 | 34.0 ± 1.0 | 34.0 ± 0.0 |" in text
     assert "| cross-head | +2.0 ± 0.0 | **+2.0** ± 0.0 |" in text  # seed by seed, over the better ranking
+    assert "| one-to-many, twice as long, with NMS | +4.0 ± 0.0 | **+4.0** ± 0.0 |" in text
     assert text.index("| cross-head | +2.0") < text.index("| one-to-many | -12.0")  # the best first
     assert "| bccd | one-to-many | 75.0 ± 0.0 | 31.0 ± 1.0 |" in text
     assert Path(tmp_path / "results-bccd.png").stat().st_size > 5000
