@@ -139,6 +139,7 @@ VARIANTS = {
     # --- without a teacher
     "one-to-many": Variant("one-to-many", {"arm": "one-to-many"}),
     "one-to-many-2x": Variant("one-to-many, twice as long", {"arm": "one-to-many"}, length=2),
+    "one-to-many-3x": Variant("one-to-many, three times as long", {"arm": "one-to-many"}, length=3),
     "one-to-one": Variant("one-to-one (POTO)", {"arm": "one-to-one"}),
     "one-to-one-2x": Variant("one-to-one (POTO), twice as long", {"arm": "one-to-one"}, length=2),
     "one-to-one-task-aligned": Variant("one-to-one (task-aligned)", {"arm": "one-to-one", "metric": "task-aligned"}),
@@ -274,6 +275,11 @@ VARIANTS = {
     ),
     # --- a COCO-trained teacher of another family, for the sets whose classes are COCO's
     "cross-head-nanodet": Variant("cross-head, teacher NanoDet-m", {**_CROSS, "teacher": _NANODET}),
+    "cross-head-nanodet-features-3x": Variant(
+        "cross-head with feature imitation, teacher NanoDet-m, three times as long",
+        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0},
+        length=3,
+    ),
     "cross-head-nanodet-inherit-decay": Variant(
         "cross-head, teacher NanoDet-m, decaying, inheriting",
         {**_CROSS, **_DECAY, "teacher": _NANODET},
