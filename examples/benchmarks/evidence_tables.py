@@ -2,8 +2,9 @@
 
 python examples/benchmarks/evidence_tables.py
 
-Tables replace what stands between ``<!-- table: SET SPLIT -->`` and ``<!-- end -->``; every set and split that the
-document names in this way is filled in. APs are per cent, mean ± standard deviation over seeds.
+Tables replace what stands between ``<!-- table: SET SPLIT -->`` and ``<!-- end -->``, and likewise for
+``gains: SETS SPLIT``, which may end in ``over VARIANT``, and ``memory: SETS SPLIT``; all that the document names so
+are filled in. APs are per cent, mean ± standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ BY_CLASS = " by class"
 Line = dict[str, Any]
 Groups = dict[str, list[Line]]  # the seeds of every variant
 
-_TABLE = re.compile(r"(<!-- (table|gains|memory): (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (table|gains|memory): (\S+) (\S+)(?: over (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
 
     def filled(match: re.Match[str]) -> str:
-        begin, kind, data, split, end = match.groups()
-        make = {"table": table, "gains": gains, "memory": memorised}[kind]
-        return f"{begin}\n{make(lines, data.split(','), split)}\n\n{end}"
+        begin, kind, data, split, over, end = match.groups()
+        makers: dict[str, Callable[..., str]] = {"table": table, "gains": gains, "memory": memorised}
+        made = makers[kind](lines, data.split(","), split, **({"over": over} if over else {}))
+        return f"{begin}\n{made}\n\n{end}"
 
     text = options.document.read_text(encoding="utf-8")
     options.document.write_text(_TABLE.sub(filled, text), encoding="utf-8")
@@ -104,18 +106,18 @@ def table(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
     return markdown(head.split("|"), rows)
 
 
-def gains(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
-    """AP of every variant without NMS over that of the one-to-many baseline with NMS, seed by seed, the best first.
+def gains(lines: Sequence[Line], data: Sequence[str], split: str, over: str = BASELINE) -> str:
+    """AP of every variant without NMS over that of a one-to-many variant with NMS, seed by seed, the best first.
 
-    Other one-to-many variants have a second row, with NMS. The last column is the mean over the sets, and its standard
-    deviation over the seeds that all sets have.
+    The other one-to-many variants have a second row, with NMS. The last column is the mean over the sets, and its
+    standard deviation over the seeds that all sets have.
     """
-    found = {name: groups for name in data if BASELINE in (groups := grouped(lines, name, split))}
-    bases = [_by_seed(with_nms(groups), "ap_nms") for groups in found.values()]
+    found = {name: groups for name in data if over in (groups := grouped(lines, name, split))}
+    bases = [_by_seed(with_nms(groups, over), "ap_nms") for groups in found.values()]
     contenders = []
     for variant in VARIANTS:
         contenders.append((VARIANTS[variant].title, [_by_seed(g.get(variant, []), "ap") for g in found.values()]))
-        if variant.startswith(BASELINE) and variant != BASELINE:
+        if variant.startswith(BASELINE) and variant != over:
             runs = [_by_seed(with_nms(groups, variant), "ap_nms") for groups in found.values()]
             contenders.append((f"{VARIANTS[variant].title}, with NMS", runs))
     rows = []

@@ -44,7 +44,7 @@ class CrossHeadDistiller(nn.Module):
         distribution_weight: Weight of the cross-head loss on distance bins, for heads that have them, at least 0; off
             by default.
         feature_weight: Weight of the imitation of the maps themselves beside what the head says on them, at least 0;
-            off by default. In long training it was ahead of either alone (docs/results.md).
+            off by default. Both together were ahead of either alone on the mean of three sets (docs/results.md).
         gamma: Exponent of the classification loss, 0 or at least 1.
         confidence_threshold: Teacher confidence from which a point counts in the normaliser, 0…1.
         alignment: "statistics" or "none"; see `FeatureAligner`.

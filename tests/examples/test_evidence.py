@@ -140,7 +140,12 @@ def test_tables_and_plots_say_what_the_lines_say(tmp_path):
     lines += [line("one-to-many-2x", s, 0.1, 0.35 + s / 100) for s in range(3)]
     results, document = tmp_path / "runs.jsonl", tmp_path / "results.md"
     results.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    names = ("table: bccd final", "gains: bccd,pcb final", "memory: bccd final")
+    names = (
+        "table: bccd final",
+        "gains: bccd,pcb final",
+        "gains: bccd final over one-to-many-2x",
+        "memory: bccd final",
+    )
     document.write_text("before\n" + "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names) + "after\n")
     arguments = ["--results", results, "--document", document, "--images", tmp_path]
     evidence_tables.main([str(argument) for argument in arguments])
@@ -153,6 +158,7 @@ def test_tables_and_plots_say_what_the_lines_say(tmp_path):
     assert "| cross-head | 30 + 30 | 34.0 ± 1.0 | 34.0 ± 0.0 |" in text
     assert "| cross-head | +2.0 ± 0.0 | **+2.0** ± 0.0 |" in text  # seed by seed, over the better ranking
     assert "| one-to-many, twice as long, with NMS | +4.0 ± 0.0 | **+4.0** ± 0.0 |" in text
+    assert "| cross-head | -2.0 ± 0.0 | **-2.0** ± 0.0 |" in text  # over the longer baseline
     assert text.index("| cross-head | +2.0") < text.index("| one-to-many | -12.0")  # the best first
     assert "| bccd | one-to-many | 75.0 ± 0.0 | 31.0 ± 1.0 |" in text
     assert Path(tmp_path / "results-bccd.png").stat().st_size > 5000
