@@ -172,18 +172,18 @@ VARIANTS = {
         _TEACHER,
         length=2,
     ),
+    "cross-head-large-inherit-decay-features": Variant(
+        "cross-head recipe with feature imitation",
+        {**_CROSS, **_DECAY, "distill_features": 1.0},
+        "one-to-many-large",
+        _TEACHER,
+    ),
     "cross-head-large-inherit-decay-features-2x": Variant(
         "cross-head recipe with feature imitation, twice as long",
         {**_CROSS, **_DECAY, "distill_features": 1.0},
         "one-to-many-large",
         _TEACHER,
         length=2,
-    ),
-    "cross-head-large-inherit-decay-features": Variant(
-        "cross-head recipe with feature imitation",
-        {**_CROSS, **_DECAY, "distill_features": 1.0},
-        "one-to-many-large",
-        _TEACHER,
     ),
     "cross-head-large-inherit-decay-features-ranking-0.1-2x": Variant(
         "cross-head recipe with feature imitation, ranking 0.1, twice as long",

@@ -180,23 +180,26 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def draw(found: Groups, path: Path, data: str) -> None:
-    """AP of every variant without and with NMS, a dot a seed, beside the baseline with NMS."""
+    """AP of every variant without and with NMS, a dot a seed, beside the baselines with NMS."""
     names = list(found)
     figure, axes = plt.subplots(figsize=(8, 0.8 + 0.28 * len(names)), layout="constrained")
-    base = statistics.mean(100 * run["scores"]["ap_nms"] for run in with_nms(found))
-    axes.axvline(base, color="0.6", linestyle="--", linewidth=1, label="one-to-many with NMS, mean")
+    for variant, style in ((BASELINE, "--"), (f"{BASELINE}-2x", ":")):
+        if runs := with_nms(found, variant):
+            base = statistics.mean(100 * run["scores"]["ap_nms"] for run in runs)
+            name = f"{VARIANTS[variant].title}, with NMS, mean"
+            axes.axvline(base, color="0.6", linestyle=style, linewidth=1, label=name)
     for y, name in enumerate(names):
-        for key, style in (
+        for key, marker in (
             ("ap_nms", {"color": "tab:orange", "marker": "|"}),
             ("ap", {"color": "tab:blue", "marker": "o"}),
         ):
             values = [100 * run["scores"][key] for run in found[name]]
             label = ("with NMS" if key == "ap_nms" else "without NMS") if y == 0 else None
-            axes.scatter(values, [y] * len(values), s=28, label=label, **style)  # type: ignore[arg-type]
+            axes.scatter(values, [y] * len(values), s=28, label=label, **marker)  # type: ignore[arg-type]
     axes.set_yticks(range(len(names)), [title(name) for name in names])
     axes.invert_yaxis()
     axes.set_xlabel(f"AP on {data}, a mark a seed")
-    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
