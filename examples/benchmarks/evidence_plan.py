@@ -230,6 +230,13 @@ VARIANTS = {
         "one-to-many-large-2x",
         _TEACHER,
     ),
+    "cross-head-large-2x-inherit-decay-features-2x": Variant(
+        "cross-head recipe with feature imitation, twice as long, as is the larger teacher",
+        {**_CROSS, **_DECAY, "distill_features": 1.0},
+        "one-to-many-large-2x",
+        _TEACHER,
+        length=2,
+    ),
     "cross-head-large-ranking": Variant(
         "cross-head, larger teacher, ranking", {**_CROSS, "ranking": 0.25}, "one-to-many-large"
     ),
