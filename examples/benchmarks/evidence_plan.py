@@ -298,6 +298,11 @@ VARIANTS = {
         origin=_TEACHER,
     ),
     "cross-head-yolox": Variant("cross-head, teacher YOLOX-nano", {**_CROSS, "teacher": _YOLOX}),
+    "cross-head-yolox-features-3x": Variant(
+        "cross-head with feature imitation, teacher YOLOX-nano, three times as long",
+        {**_CROSS, "teacher": _YOLOX, "distill_features": 1.0},
+        length=3,
+    ),
     "feature-imitation-nanodet": Variant(
         "feature imitation (PKD), teacher NanoDet-m", {"arm": "feature-imitation", "teacher": _NANODET}
     ),
