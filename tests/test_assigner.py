@@ -331,8 +331,9 @@ def test_an_unknown_solver_is_refused():
 
 
 def test_presets_have_the_exponents_of_their_papers():
-    presets = [TaskAwareOneToOneAssigner.poto, TaskAwareOneToOneAssigner.task_aligned, TaskAwareOneToOneAssigner.yolo]
-    assert [(p().alpha, p().beta) for p in presets] == [(0.2, 0.8), (1.0, 6.0), (0.5, 6.0)]
+    kind = TaskAwareOneToOneAssigner
+    presets = [kind.poto, kind.balanced, kind.task_aligned, kind.yolo]
+    assert [(p().alpha, p().beta) for p in presets] == [(0.2, 0.8), (0.5, 0.5), (1.0, 6.0), (0.5, 6.0)]
     assert TaskAwareOneToOneAssigner() == TaskAwareOneToOneAssigner.poto() == TaskAwareOneToOneAssigner(0.2, 0.8, 1.5)
     for preset in presets:
         made = preset(center_radius=3, solver="greedy")

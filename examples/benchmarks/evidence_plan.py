@@ -185,6 +185,19 @@ VARIANTS = {
         _TEACHER,
         length=2,
     ),
+    "cross-head-large-inherit-decay-features-balanced": Variant(
+        "cross-head recipe with feature imitation, balanced metric",
+        {**_CROSS, **_DECAY, "distill_features": 1.0, "metric": "balanced"},
+        "one-to-many-large",
+        _TEACHER,
+    ),
+    "cross-head-large-inherit-decay-features-balanced-2x": Variant(
+        "cross-head recipe with feature imitation, balanced metric, twice as long",
+        {**_CROSS, **_DECAY, "distill_features": 1.0, "metric": "balanced"},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
+    ),
     "cross-head-large-inherit-decay-features-ranking-0.1-2x": Variant(
         "cross-head recipe with feature imitation, ranking 0.1, twice as long",
         {**_CROSS, **_DECAY, "distill_features": 1.0, "ranking": 0.1},
@@ -399,6 +412,7 @@ STUDIES = {
         "feature-imitation-large-inherit-decay-2x",
         "cross-head-large-inherit-decay-2x",
         "cross-head-large-inherit-decay-features-2x",
+        "cross-head-large-inherit-decay-features-balanced-2x",
         "cross-head-large-inherit-decay-ranking-0.1-2x",
         "cross-head-large-inherit-decay-features-ranking-0.1-2x",
     ),

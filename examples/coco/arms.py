@@ -35,6 +35,7 @@ ArmName = Literal[
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 METRICS = {
     "poto": TaskAwareOneToOneAssigner.poto(),
+    "balanced": TaskAwareOneToOneAssigner.balanced(),
     "task-aligned": TaskAwareOneToOneAssigner.task_aligned(),
     "yolo": TaskAwareOneToOneAssigner.yolo(),
 }
@@ -107,7 +108,7 @@ def build_arm(
         name: Which.
         student: The detector to train.
         teacher: A trained one-to-many detector, for arms that need one.
-        metric: Preset of the task-aware metric: "poto", "task-aligned" or "yolo".
+        metric: Preset of the task-aware metric: "poto", "balanced", "task-aligned" or "yolo".
         classification_weight: Of the distillation's classification term.
         box_weight: Of the distillation's box term.
         quality_weight: Of the distillation's quality term.
