@@ -65,10 +65,7 @@ class TaskAwareOneToOneAssigner:
 
     @classmethod
     def balanced(cls, *, center_radius: float = 1.5, solver: Solver = "exact") -> Self:
-        """(0.5, 0.5): class and localisation weigh the same, so that an object's point changes less often.
-
-        With it fewer duplicates were left at about the same accuracy. Source: docs/results.md.
-        """
+        """(0.5, 0.5): class and localisation weigh the same; leaves fewer duplicates. Source: docs/results.md."""
         return cls(0.5, 0.5, center_radius, solver)
 
     @classmethod
