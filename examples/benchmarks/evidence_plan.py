@@ -133,6 +133,7 @@ _LARGE: dict[str, Option] = {
     "channels": 64,
     "head_convs": 2,
 }
+_DEEP: dict[str, Option] = {"head_convs": 4}
 _TEACHER = "one-to-many"
 _NANODET, _YOLOX = (f"python:examples/third_party/nanodet_yolox.py:{name}" for name in ("nanodet_m", "yolox_nano"))
 VARIANTS = {
@@ -194,6 +195,13 @@ VARIANTS = {
     "cross-head-large-inherit-decay-features-balanced-2x": Variant(
         "cross-head recipe with feature imitation, balanced metric, twice as long",
         {**_CROSS, **_DECAY, "distill_features": 1.0, "metric": "balanced"},
+        "one-to-many-large",
+        _TEACHER,
+        length=2,
+    ),
+    "cross-head-large-inherit-decay-features-balanced-ranking-0.1-2x": Variant(
+        "cross-head recipe with feature imitation, balanced metric, ranking 0.1, twice as long",
+        {**_CROSS, **_DECAY, "distill_features": 1.0, "metric": "balanced", "ranking": 0.1},
         "one-to-many-large",
         _TEACHER,
         length=2,
@@ -350,6 +358,16 @@ VARIANTS = {
     "cross-head-unaligned": Variant("cross-head, no alignment", {**_CROSS, "alignment": "none"}, _TEACHER),
     "cross-head-quality": Variant("cross-head, quality term", {**_CROSS, "distill_quality": 1.0}, _TEACHER),
     "cross-head-entry-1": Variant("cross-head, entry 1", {**_CROSS, "entry": 1}, _TEACHER),
+    # The small network's head has two convolutions, so later entries need a deeper one.
+    "one-to-many-deep": Variant("one-to-many, head of four convolutions", {"arm": "one-to-many", **_DEEP}),
+    **{
+        f"cross-head-deep-entry-{entry}": Variant(
+            f"cross-head, heads of four convolutions, entry {entry}",
+            {**_CROSS, **_DEEP, "entry": entry},
+            "one-to-many-deep",
+        )
+        for entry in range(4)
+    },
     "cross-head-half": Variant(
         "cross-head, weights ½", {**_CROSS, "distill_classification": 0.5, "distill_box": 0.5}, _TEACHER
     ),
