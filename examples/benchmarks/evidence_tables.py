@@ -182,7 +182,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def draw(found: Groups, path: Path, data: str) -> None:
     """AP of every variant without and with NMS, a dot a seed, beside the baselines with NMS."""
     names = list(found)
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.28 * len(names)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 0.8 + 0.28 * len(names)), layout="constrained")
     for variant, style in ((BASELINE, "--"), (f"{BASELINE}-2x", ":")):
         if runs := with_nms(found, variant):
             base = statistics.mean(100 * run["scores"]["ap_nms"] for run in runs)
@@ -190,12 +190,12 @@ def draw(found: Groups, path: Path, data: str) -> None:
             axes.axvline(base, color="0.6", linestyle=style, linewidth=1, label=name)
     for y, name in enumerate(names):
         for key, marker in (
-            ("ap_nms", {"color": "tab:orange", "marker": "|"}),
-            ("ap", {"color": "tab:blue", "marker": "o"}),
+            ("ap_nms", {"color": "tab:orange", "marker": "|", "s": 120}),  # so tall that a dot cannot hide it
+            ("ap", {"color": "tab:blue", "marker": "o", "s": 28}),
         ):
             values = [100 * run["scores"][key] for run in found[name]]
             label = ("with NMS" if key == "ap_nms" else "without NMS") if y == 0 else None
-            axes.scatter(values, [y] * len(values), s=28, label=label, **marker)  # type: ignore[arg-type]
+            axes.scatter(values, [y] * len(values), label=label, **marker)  # type: ignore[arg-type]
     axes.set_yticks(range(len(names)), [title(name) for name in names])
     axes.invert_yaxis()
     axes.set_xlabel(f"AP on {data}, a mark a seed")
