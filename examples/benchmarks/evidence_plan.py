@@ -136,6 +136,13 @@ _LARGE: dict[str, Option] = {
 _DEEP: dict[str, Option] = {"head_convs": 4}
 _TEACHER = "one-to-many"
 _NANODET, _YOLOX = (f"python:examples/third_party/nanodet_yolox.py:{name}" for name in ("nanodet_m", "yolox_nano"))
+
+
+def _recipe(title: str, *, length: float = 1.0, **options: Option) -> Variant:
+    """Inheriting from a one-to-many run of the same network, distilled by a larger teacher with a weight that fades."""
+    return Variant(title, {**_CROSS, **_DECAY, **options}, "one-to-many-large", _TEACHER, length)
+
+
 VARIANTS = {
     # --- without a teacher
     "one-to-many": Variant("one-to-many", {"arm": "one-to-many"}),
@@ -159,91 +166,49 @@ VARIANTS = {
     "cross-head-large-inherit": Variant(
         "cross-head, larger teacher, inheriting", _CROSS, "one-to-many-large", _TEACHER
     ),
-    "cross-head-large-inherit-decay-ranking": Variant(
-        "cross-head recipe, ranking 0.25",
-        {**_CROSS, **_DECAY, "ranking": 0.25},
-        "one-to-many-large",
-        _TEACHER,
+    "cross-head-large-inherit-decay-ranking": _recipe("cross-head recipe, ranking 0.25", ranking=0.25),
+    "cross-head-large-inherit-decay": _recipe("cross-head recipe"),
+    "cross-head-large-inherit-decay-2x": _recipe("cross-head recipe, twice as long", length=2),
+    "cross-head-large-inherit-decay-features": _recipe(
+        "cross-head recipe with feature imitation", distill_features=1.0
     ),
-    "cross-head-large-inherit-decay": Variant("cross-head recipe", {**_CROSS, **_DECAY}, "one-to-many-large", _TEACHER),
-    "cross-head-large-inherit-decay-2x": Variant(
-        "cross-head recipe, twice as long",
-        {**_CROSS, **_DECAY},
-        "one-to-many-large",
-        _TEACHER,
-        length=2,
+    "cross-head-large-inherit-decay-features-2x": _recipe(
+        "cross-head recipe with feature imitation, twice as long", distill_features=1.0, length=2
     ),
-    "cross-head-large-inherit-decay-features": Variant(
-        "cross-head recipe with feature imitation",
-        {**_CROSS, **_DECAY, "distill_features": 1.0},
-        "one-to-many-large",
-        _TEACHER,
+    "cross-head-large-inherit-decay-features-balanced": _recipe(
+        "cross-head recipe with feature imitation, balanced metric", distill_features=1.0, metric="balanced"
     ),
-    "cross-head-large-inherit-decay-features-2x": Variant(
-        "cross-head recipe with feature imitation, twice as long",
-        {**_CROSS, **_DECAY, "distill_features": 1.0},
-        "one-to-many-large",
-        _TEACHER,
-        length=2,
-    ),
-    "cross-head-large-inherit-decay-features-balanced": Variant(
-        "cross-head recipe with feature imitation, balanced metric",
-        {**_CROSS, **_DECAY, "distill_features": 1.0, "metric": "balanced"},
-        "one-to-many-large",
-        _TEACHER,
-    ),
-    "cross-head-large-inherit-decay-features-balanced-2x": Variant(
+    "cross-head-large-inherit-decay-features-balanced-2x": _recipe(
         "cross-head recipe with feature imitation, balanced metric, twice as long",
-        {**_CROSS, **_DECAY, "distill_features": 1.0, "metric": "balanced"},
-        "one-to-many-large",
-        _TEACHER,
+        distill_features=1.0,
+        metric="balanced",
         length=2,
     ),
-    "cross-head-large-inherit-decay-features-balanced-ranking-0.1-2x": Variant(
+    "cross-head-large-inherit-decay-features-balanced-ranking-0.1-2x": _recipe(
         "cross-head recipe with feature imitation, balanced metric, ranking 0.1, twice as long",
-        {**_CROSS, **_DECAY, "distill_features": 1.0, "metric": "balanced", "ranking": 0.1},
-        "one-to-many-large",
-        _TEACHER,
+        distill_features=1.0,
+        metric="balanced",
+        ranking=0.1,
         length=2,
     ),
-    "cross-head-large-inherit-decay-features-ranking-0.1-2x": Variant(
+    "cross-head-large-inherit-decay-features-ranking-0.1-2x": _recipe(
         "cross-head recipe with feature imitation, ranking 0.1, twice as long",
-        {**_CROSS, **_DECAY, "distill_features": 1.0, "ranking": 0.1},
-        "one-to-many-large",
-        _TEACHER,
+        distill_features=1.0,
+        ranking=0.1,
         length=2,
     ),
-    "cross-head-large-inherit-decay-ranking-2x": Variant(
-        "cross-head recipe, ranking 0.25, twice as long",
-        {**_CROSS, **_DECAY, "ranking": 0.25},
-        "one-to-many-large",
-        _TEACHER,
-        length=2,
+    "cross-head-large-inherit-decay-ranking-2x": _recipe(
+        "cross-head recipe, ranking 0.25, twice as long", ranking=0.25, length=2
     ),
-    "cross-head-large-inherit-decay-ranking-0.1": Variant(
-        "cross-head recipe, ranking 0.1",
-        {**_CROSS, **_DECAY, "ranking": 0.1},
-        "one-to-many-large",
-        _TEACHER,
+    "cross-head-large-inherit-decay-ranking-0.1": _recipe("cross-head recipe, ranking 0.1", ranking=0.1),
+    "cross-head-large-inherit-decay-ranking-0.1-2x": _recipe(
+        "cross-head recipe, ranking 0.1, twice as long", ranking=0.1, length=2
     ),
-    "cross-head-large-inherit-decay-ranking-0.1-2x": Variant(
-        "cross-head recipe, ranking 0.1, twice as long",
-        {**_CROSS, **_DECAY, "ranking": 0.1},
-        "one-to-many-large",
-        _TEACHER,
-        length=2,
+    "cross-head-large-inherit-decay-double": _recipe(
+        "cross-head recipe, weights 2", distill_classification=2.0, distill_box=2.0
     ),
-    "cross-head-large-inherit-decay-double": Variant(
-        "cross-head recipe, weights 2",
-        {**_CROSS, **_DECAY, "distill_classification": 2.0, "distill_box": 2.0},
-        "one-to-many-large",
-        _TEACHER,
-    ),
-    "cross-head-large-inherit-decay-auxiliary": Variant(
-        "cross-head recipe, with an auxiliary head",
-        {**_CROSS, **_DECAY, "auxiliary_head": True},
-        "one-to-many-large",
-        _TEACHER,
+    "cross-head-large-inherit-decay-auxiliary": _recipe(
+        "cross-head recipe, with an auxiliary head", auxiliary_head=True
     ),
     "cross-head-large-2x-inherit-decay-ranking": Variant(
         "cross-head recipe, ranking 0.25, the larger teacher trained twice as long",
