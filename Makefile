@@ -1,5 +1,7 @@
 # `make demo` and `make test` need Python 3.10 or newer and nothing else; everything lands in $(VENV).
 PYTHON ?= python3
+# Tests at once, each on one thread.
+JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -9,11 +11,11 @@ demo: $(VENV)/.coco
 	$(BIN)/python examples/coco/demo.py --output runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # The tests that take longer, among them the demo itself and what it promises.
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 # Detectors of other packages as students and teachers; ultralytics is AGPL-3.0 and brings OpenCV.
 third-party: $(VENV)/.third-party
