@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
 
@@ -239,31 +240,38 @@ def _taken(table: Tensor, row: Ints, column: Ints | None = None) -> Floats:
 def _on_accelerator(
     predictions: DensePredictions, boxes: Tensor, labels: Tensor, image: Ints, radius: float, check: Callable[..., None]
 ) -> _Found:
-    if predictions.levels is not None:
-        candidate, valid = grid_candidates(boxes, predictions.levels, radius)
-        row, slot = _all_pairs(valid)  # to list the valid ones would take a transfer of its own
-        point, real = candidate[row, slot], valid[row, slot]
-    else:
-        row, point = point_pairs(boxes, predictions.points, predictions.strides, radius)
-        real = torch.ones_like(row, dtype=torch.bool)
-    n = torch.from_numpy(image).to(boxes.device)[row]
+    n = torch.from_numpy(image).to(boxes.device)  # (B,)
     # Labels are checked on the host afterwards; until then an index must not run out of bounds.
-    logits = predictions.logits[n, point, labels.clamp(0, predictions.logits.shape[-1] - 1)[row]].float()
-    predicted = predictions.boxes[n, point].float()
-    *host, keep = (x.numpy() for x in _packed(boxes, labels, row, point, logits, predicted, real))
-    check(host[0], host[1])
-    return _Found(host[0], host[1], *(x[keep] for x in host[2:]))
+    channel = labels.clamp(0, predictions.logits.shape[-1] - 1)
+    if predictions.levels is not None:
+        point, valid = grid_candidates(boxes, predictions.levels, radius)  # (B, K)
+        row = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(point)
+    else:
+        row, point = point_pairs(boxes, predictions.points, predictions.strides, radius)  # (P,)
+        valid = torch.ones_like(row, dtype=torch.bool)
+    logits = predictions.logits[n[row], point, channel[row]].float()
+    predicted = predictions.boxes[n[row], point].float()
+    # To list the valid pairs would take a transfer of its own; so all go, the others marked.
+    box = torch.where(valid, row, -1)
+    at_host = _packed(labels.long(), boxes, box.int(), point.int(), logits, predicted)
+    host_labels, host_boxes, host_box, host_point, host_logits, host_predicted = at_host
+    check(host_boxes, host_labels)
+    keep = np.flatnonzero(host_box >= 0)
+    return _Found(
+        host_boxes,
+        host_labels,
+        host_box.take(keep).astype(np.int64),
+        host_point.take(keep).astype(np.int64),
+        host_logits.take(keep),
+        host_predicted.reshape(-1, 4).take(keep, axis=0),
+    )
 
 
-def _all_pairs(valid: Tensor) -> tuple[Tensor, Tensor]:
-    boxes, candidates = valid.shape
-    row = torch.arange(boxes, device=valid.device).repeat_interleave(candidates)
-    return row, torch.arange(candidates, device=valid.device).repeat(boxes)
+_NUMPY = {torch.float32: np.float32, torch.int32: np.int32, torch.int64: np.int64}
 
 
-def _packed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors on the CPU, of the same shapes and kinds, in a single transfer."""
-    # float64 holds float32 values and all indices exactly.
-    host = torch.cat([x.flatten().double() for x in tensors]).cpu()
-    parts = torch.split(host, [x.numel() for x in tensors])
-    return tuple(part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors, strict=True))
+def _packed(*tensors: Tensor) -> list[NDArray[Any]]:
+    """Tensors of four or eight bytes an element on the host, bit by bit in a single transfer."""
+    words = [x.contiguous().view(torch.int32).flatten() for x in tensors]
+    parts = torch.split(torch.cat(words).cpu(), [len(x) for x in words])
+    return [p.numpy().view(_NUMPY[x.dtype]).reshape(x.shape) for p, x in zip(parts, tensors, strict=True)]

@@ -102,15 +102,17 @@ def _match_group(metric: Floats, column: Ints) -> Ints:
 
 def _solve(metric: Floats, column: Ints) -> Ints:
     """`scipy.optimize.linear_sum_assignment` on the R best columns of R boxes."""
+    rows = np.arange(len(metric))[:, None]
     best = np.argsort(-metric, axis=1, kind="stable")[:, : len(metric)]  # (R, ≤ R)
-    value = np.take_along_axis(metric, best, axis=1)
-    names, index = np.unique(np.take_along_axis(column, best, axis=1), return_inverse=True)
+    value = metric[rows, best]
+    names, index = np.unique(column[rows, best], return_inverse=True)
+    index = index.reshape(best.shape)
     matrix = np.zeros((len(metric), len(names)))
     # A column that is infeasible for a box counts 0, so that leaving the box unmatched costs nothing but its metric.
-    np.put_along_axis(matrix, index.reshape(best.shape), np.maximum(value, 0), axis=1)
+    matrix[rows, index] = np.maximum(value, 0)
     row, name = linear_sum_assignment(matrix, maximize=True)
     position = np.full(matrix.shape, -1)
-    np.put_along_axis(position, index.reshape(best.shape), np.where(value > 0, best, -1), axis=1)
+    position[rows, index] = np.where(value > 0, best, -1)
     choice = np.full(len(metric), -1)
     choice[row] = position[row, name]
     return choice
