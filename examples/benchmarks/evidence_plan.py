@@ -23,12 +23,14 @@ class Protocol:
         options: Of ``train.py``, the same for all.
         folder: Of the data set, if it is not called like this protocol.
         shared: Variants of which seed 0 teaches the students of all seeds, because they cost more than all the rest.
+        larger: What makes a teacher larger than its students.
     """
 
     epochs: int
     options: Mapping[str, Option]
     folder: str = ""
     shared: tuple[str, ...] = ()
+    larger: Mapping[str, Option] = field(default_factory=lambda: _MOBILENET)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Variant:
         teacher: The variant it learns from or inherits from; trained with the same seed.
         origin: The variant it inherits from, if that is not its teacher; likewise.
         length: Epochs in units of the protocol's.
+        larger: Whether it is the larger network.
     """
 
     title: str
@@ -48,6 +51,7 @@ class Variant:
     teacher: str = ""
     origin: str = ""
     length: float = 1.0
+    larger: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,9 @@ class Run:
     @property
     def options(self) -> dict[str, Option]:
         """Of ``train.py``, without folders."""
-        variant = VARIANTS[self.variant]
-        return {**SETS[self.data].options, **variant.options, "epochs": self.epochs, "seed": self.seed}
+        protocol, variant = SETS[self.data], VARIANTS[self.variant]
+        larger = protocol.larger if variant.larger else {}
+        return {**protocol.options, **larger, **variant.options, "epochs": self.epochs, "seed": self.seed}
 
 
 _SMALL: dict[str, Option] = {
@@ -103,6 +108,16 @@ _SMALL: dict[str, Option] = {
     "cache": True,
     "augmentation": "crop",
 }
+_MOBILENET: dict[str, Option] = {
+    "backbone": "mobilenet_v2",
+    "backbone_weights": "weights/mobilenet_v2_in1k_tf2.pth",
+    "channels": 64,
+    "head_convs": 2,
+}
+_PERSON: dict[str, Option] = {
+    "train_annotations": "instances_train_person.json",
+    "val_annotations": "instances_val_person.json",
+}
 _LARGE_TEACHERS = ("one-to-many-large", "one-to-many-large-2x")
 SETS = {
     "demo": Protocol(8, {**_SMALL, "size": 128, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
@@ -111,28 +126,21 @@ SETS = {
     "highway": Protocol(25, {**_SMALL, "size": 192}, shared=_LARGE_TEACHERS),
     "coco_person": Protocol(
         8,
-        {
-            **_SMALL,
-            "size": 256,
-            "backbone": "mobilenet_v2",
-            "backbone_weights": "weights/mobilenet_v2_in1k_tf2.pth",
-            "channels": 96,
-            "head_convs": 2,
-            "train_annotations": "instances_train_person.json",
-            "val_annotations": "instances_val_person.json",
-        },
+        {**_SMALL, **_MOBILENET, **_PERSON, "size": 256, "channels": 96},
         folder="coco_open",
+    ),
+    # For a GPU: long, at a usual size; small networks launch fewer kernels without autocast.
+    "coco_person_320": Protocol(
+        24,
+        {**_SMALL, **_MOBILENET, **_PERSON, "size": 320, "channels": 96, "batch_size": 8, "precision": "float32"},
+        folder="coco_open",
+        shared=_LARGE_TEACHERS,
+        larger={"channels": 256, "head_convs": 4},
     ),
 }
 
 _CROSS: dict[str, Option] = {"arm": "cross-head"}
 _DECAY: dict[str, Option] = {"distill_decay": "cosine"}
-_LARGE: dict[str, Option] = {
-    "backbone": "mobilenet_v2",
-    "backbone_weights": "weights/mobilenet_v2_in1k_tf2.pth",
-    "channels": 64,
-    "head_convs": 2,
-}
 _DEEP: dict[str, Option] = {"head_convs": 4}
 _TEACHER = "one-to-many"
 _NANODET, _YOLOX = (f"python:examples/third_party/nanodet_yolox.py:{name}" for name in ("nanodet_m", "yolox_nano"))
@@ -157,10 +165,10 @@ VARIANTS = {
     "auxiliary-head-detached": Variant(
         "one-to-one, auxiliary head, detached", {"arm": "one-to-one", "auxiliary_head": True, "detach": True}
     ),
-    # --- a larger teacher: another backbone that knows ImageNet; the student starts from nothing as ever
-    "one-to-many-large": Variant("one-to-many, MobileNetV2 from ImageNet", {"arm": "one-to-many", **_LARGE}),
+    # --- a larger teacher: mostly another backbone, one that knows ImageNet; the student starts from nothing as ever
+    "one-to-many-large": Variant("one-to-many, larger network", {"arm": "one-to-many"}, larger=True),
     "one-to-many-large-2x": Variant(
-        "one-to-many, MobileNetV2 from ImageNet, twice as long", {"arm": "one-to-many", **_LARGE}, length=2
+        "one-to-many, larger network, twice as long", {"arm": "one-to-many"}, length=2, larger=True
     ),
     "cross-head-large": Variant("cross-head, larger teacher", _CROSS, "one-to-many-large"),
     "cross-head-large-inherit": Variant(
@@ -268,6 +276,10 @@ VARIANTS = {
     ),
     # --- a COCO-trained teacher of another family, for the sets whose classes are COCO's
     "cross-head-nanodet": Variant("cross-head, teacher NanoDet-m", {**_CROSS, "teacher": _NANODET}),
+    "cross-head-nanodet-features": Variant(
+        "cross-head with feature imitation, teacher NanoDet-m",
+        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0},
+    ),
     "cross-head-nanodet-features-3x": Variant(
         "cross-head with feature imitation, teacher NanoDet-m, three times as long",
         {**_CROSS, "teacher": _NANODET, "distill_features": 1.0},
