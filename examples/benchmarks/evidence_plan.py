@@ -280,6 +280,15 @@ VARIANTS = {
         "cross-head with feature imitation, teacher NanoDet-m",
         {**_CROSS, "teacher": _NANODET, "distill_features": 1.0},
     ),
+    "cross-head-nanodet-features-auxiliary": Variant(
+        "cross-head with feature imitation and an auxiliary head, teacher NanoDet-m",
+        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, "auxiliary_head": True},
+    ),
+    "cross-head-nanodet-features-auxiliary-3x": Variant(
+        "cross-head with feature imitation and an auxiliary head, teacher NanoDet-m, three times as long",
+        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, "auxiliary_head": True},
+        length=3,
+    ),
     "cross-head-nanodet-features-3x": Variant(
         "cross-head with feature imitation, teacher NanoDet-m, three times as long",
         {**_CROSS, "teacher": _NANODET, "distill_features": 1.0},
