@@ -144,6 +144,12 @@ _DECAY: dict[str, Option] = {"distill_decay": "cosine"}
 _DEEP: dict[str, Option] = {"head_convs": 4}
 _TEACHER = "one-to-many"
 _NANODET, _YOLOX = (f"python:examples/third_party/nanodet_yolox.py:{name}" for name in ("nanodet_m", "yolox_nano"))
+_BESIDE_FEATURES: tuple[tuple[str, str, dict[str, Option]], ...] = (
+    ("", "", {}),
+    ("-balanced", ", balanced metric", {"metric": "balanced"}),
+    ("-auxiliary", ", an auxiliary head", {"auxiliary_head": True}),
+    ("-auxiliary-balanced", ", an auxiliary head, balanced metric", {"auxiliary_head": True, "metric": "balanced"}),
+)
 
 
 def _recipe(title: str, *, length: float = 1.0, **options: Option) -> Variant:
@@ -276,24 +282,15 @@ VARIANTS = {
     ),
     # --- a COCO-trained teacher of another family, for the sets whose classes are COCO's
     "cross-head-nanodet": Variant("cross-head, teacher NanoDet-m", {**_CROSS, "teacher": _NANODET}),
-    "cross-head-nanodet-features": Variant(
-        "cross-head with feature imitation, teacher NanoDet-m",
-        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0},
-    ),
-    "cross-head-nanodet-features-auxiliary": Variant(
-        "cross-head with feature imitation and an auxiliary head, teacher NanoDet-m",
-        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, "auxiliary_head": True},
-    ),
-    "cross-head-nanodet-features-auxiliary-3x": Variant(
-        "cross-head with feature imitation and an auxiliary head, teacher NanoDet-m, three times as long",
-        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, "auxiliary_head": True},
-        length=3,
-    ),
-    "cross-head-nanodet-features-3x": Variant(
-        "cross-head with feature imitation, teacher NanoDet-m, three times as long",
-        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0},
-        length=3,
-    ),
+    **{
+        f"cross-head-nanodet-features{name}{'-3x' * (length == 3)}": Variant(
+            f"cross-head with feature imitation{title}, teacher NanoDet-m{', three times as long' * (length == 3)}",
+            {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, **options},
+            length=length,
+        )
+        for length in (1, 3)
+        for name, title, options in _BESIDE_FEATURES
+    },
     "cross-head-nanodet-inherit-decay": Variant(
         "cross-head, teacher NanoDet-m, decaying, inheriting",
         {**_CROSS, **_DECAY, "teacher": _NANODET},
