@@ -144,17 +144,16 @@ _DECAY: dict[str, Option] = {"distill_decay": "cosine"}
 _DEEP: dict[str, Option] = {"head_convs": 4}
 _TEACHER = "one-to-many"
 _NANODET, _YOLOX = (f"python:examples/third_party/nanodet_yolox.py:{name}" for name in ("nanodet_m", "yolox_nano"))
-_BESIDE_FEATURES: tuple[tuple[str, str, dict[str, Option]], ...] = (
-    ("", "", {}),
-    ("-balanced", ", balanced metric", {"metric": "balanced"}),
-    ("-auxiliary", ", an auxiliary head", {"auxiliary_head": True}),
-    ("-auxiliary-balanced", ", an auxiliary head, balanced metric", {"auxiliary_head": True, "metric": "balanced"}),
-)
 
 
 def _recipe(title: str, *, length: float = 1.0, **options: Option) -> Variant:
     """Inheriting from a one-to-many run of the same network, distilled by a larger teacher with a weight that fades."""
     return Variant(title, {**_CROSS, **_DECAY, **options}, "one-to-many-large", _TEACHER, length)
+
+
+def _nanodet(title: str, *, length: float = 1.0, **options: Option) -> Variant:
+    """Both distillations from NanoDet-m."""
+    return Variant(title, {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, **options}, length=length)
 
 
 VARIANTS = {
@@ -171,15 +170,12 @@ VARIANTS = {
     "auxiliary-head-detached": Variant(
         "one-to-one, auxiliary head, detached", {"arm": "one-to-one", "auxiliary_head": True, "detach": True}
     ),
-    # --- a larger teacher: mostly another backbone, one that knows ImageNet; the student starts from nothing as ever
+    # --- the larger network of the protocol, and students that have it as the teacher
     "one-to-many-large": Variant("one-to-many, larger network", {"arm": "one-to-many"}, larger=True),
     "one-to-many-large-2x": Variant(
         "one-to-many, larger network, twice as long", {"arm": "one-to-many"}, length=2, larger=True
     ),
     "cross-head-large": Variant("cross-head, larger teacher", _CROSS, "one-to-many-large"),
-    "cross-head-large-inherit": Variant(
-        "cross-head, larger teacher, inheriting", _CROSS, "one-to-many-large", _TEACHER
-    ),
     "cross-head-large-inherit-decay-ranking": _recipe("cross-head recipe, ranking 0.25", ranking=0.25),
     "cross-head-large-inherit-decay": _recipe("cross-head recipe"),
     "cross-head-large-inherit-decay-2x": _recipe("cross-head recipe, twice as long", length=2),
@@ -214,7 +210,6 @@ VARIANTS = {
     "cross-head-large-inherit-decay-ranking-2x": _recipe(
         "cross-head recipe, ranking 0.25, twice as long", ranking=0.25, length=2
     ),
-    "cross-head-large-inherit-decay-ranking-0.1": _recipe("cross-head recipe, ranking 0.1", ranking=0.1),
     "cross-head-large-inherit-decay-ranking-0.1-2x": _recipe(
         "cross-head recipe, ranking 0.1, twice as long", ranking=0.1, length=2
     ),
@@ -237,9 +232,6 @@ VARIANTS = {
         _TEACHER,
         length=2,
     ),
-    "cross-head-large-ranking": Variant(
-        "cross-head, larger teacher, ranking", {**_CROSS, "ranking": 0.25}, "one-to-many-large"
-    ),
     "cross-head-large-decay": Variant(
         "cross-head, larger teacher, decaying", {**_CROSS, **_DECAY}, "one-to-many-large"
     ),
@@ -260,20 +252,6 @@ VARIANTS = {
         _TEACHER,
         length=2,
     ),
-    "feature-imitation-large-inherit-decay-ranking-0.1-2x": Variant(
-        "feature imitation (PKD), larger teacher, decaying, inheriting, ranking 0.1, twice as long",
-        {"arm": "feature-imitation", **_DECAY, "ranking": 0.1},
-        "one-to-many-large",
-        _TEACHER,
-        length=2,
-    ),
-    "feature-imitation-2-large-inherit-decay-2x": Variant(
-        "feature imitation (PKD), weight 2, larger teacher, decaying, inheriting, twice as long",
-        {"arm": "feature-imitation", **_DECAY, "imitation": 2.0},
-        "one-to-many-large",
-        _TEACHER,
-        length=2,
-    ),
     "weighted-imitation-large-inherit-decay": Variant(
         "feature imitation (weighted L2, weight 6), larger teacher, decaying, inheriting",
         {"arm": "weighted-imitation", "imitation": 6.0, **_DECAY},
@@ -282,23 +260,26 @@ VARIANTS = {
     ),
     # --- a COCO-trained teacher of another family, for the sets whose classes are COCO's
     "cross-head-nanodet": Variant("cross-head, teacher NanoDet-m", {**_CROSS, "teacher": _NANODET}),
-    **{
-        f"cross-head-nanodet-features{name}{'-3x' * (length == 3)}": Variant(
-            f"cross-head with feature imitation{title}, teacher NanoDet-m{', three times as long' * (length == 3)}",
-            {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, **options},
-            length=length,
-        )
-        for length in (1, 3)
-        for name, title, options in _BESIDE_FEATURES
-    },
+    "cross-head-nanodet-features": _nanodet("cross-head with feature imitation, teacher NanoDet-m"),
+    "cross-head-nanodet-features-3x": _nanodet(
+        "cross-head with feature imitation, teacher NanoDet-m, three times as long", length=3
+    ),
+    "cross-head-nanodet-features-auxiliary": _nanodet(
+        "cross-head with feature imitation, an auxiliary head, teacher NanoDet-m", auxiliary_head=True
+    ),
+    "cross-head-nanodet-features-auxiliary-balanced": _nanodet(
+        "cross-head with feature imitation, an auxiliary head, balanced metric, teacher NanoDet-m",
+        auxiliary_head=True,
+        metric="balanced",
+    ),
+    "cross-head-nanodet-features-auxiliary-3x": _nanodet(
+        "cross-head with feature imitation, an auxiliary head, teacher NanoDet-m, three times as long",
+        length=3,
+        auxiliary_head=True,
+    ),
     "cross-head-nanodet-inherit-decay": Variant(
         "cross-head, teacher NanoDet-m, decaying, inheriting",
         {**_CROSS, **_DECAY, "teacher": _NANODET},
-        origin=_TEACHER,
-    ),
-    "cross-head-nanodet-inherit-decay-ranking": Variant(
-        "cross-head, teacher NanoDet-m, decaying, inheriting, ranking",
-        {**_CROSS, **_DECAY, "teacher": _NANODET, "ranking": 0.25},
         origin=_TEACHER,
     ),
     "cross-head-yolox": Variant("cross-head, teacher YOLOX-nano", {**_CROSS, "teacher": _YOLOX}),
@@ -310,10 +291,6 @@ VARIANTS = {
     "feature-imitation-nanodet": Variant(
         "feature imitation (PKD), teacher NanoDet-m", {"arm": "feature-imitation", "teacher": _NANODET}
     ),
-    "weighted-imitation-nanodet": Variant(
-        "feature imitation (weighted L2), teacher NanoDet-m",
-        {"arm": "weighted-imitation", "imitation": 6.0, "teacher": _NANODET},
-    ),
     # --- peers that have a teacher
     "one-to-one-inherit": Variant("one-to-one, inheriting", {"arm": "one-to-one", "inherit": True}, _TEACHER),
     "one-to-one-inherit-2x": Variant(
@@ -322,24 +299,11 @@ VARIANTS = {
     "one-to-one-inherit-3x": Variant(
         "one-to-one, inheriting, three times as long", {"arm": "one-to-one", "inherit": True}, _TEACHER, length=3
     ),
-    "auxiliary-head-inherit": Variant(
-        "one-to-one, auxiliary head, inheriting",
-        {"arm": "one-to-one", "auxiliary_head": True, "inherit": True},
-        _TEACHER,
-    ),
-    "feature-imitation": Variant("feature imitation (PKD)", {"arm": "feature-imitation"}, _TEACHER),
-    "feature-imitation-6": Variant(
-        "feature imitation (PKD), weight 6", {"arm": "feature-imitation", "imitation": 6.0}, _TEACHER
-    ),
-    "weighted-imitation": Variant(
-        "feature imitation (weighted L2), weight 6", {"arm": "weighted-imitation", "imitation": 6.0}, _TEACHER
-    ),
     "own-head-imitation": Variant("own-head imitation", {"arm": "own-head-imitation"}, _TEACHER),
     # --- cross-head distillation, as in the paper, and what may improve it
     "cross-head": Variant("cross-head", _CROSS, _TEACHER),
     "cross-head-2x-teacher": Variant("cross-head, teacher trained twice as long", _CROSS, "one-to-many-2x"),
     "cross-head-unaligned": Variant("cross-head, no alignment", {**_CROSS, "alignment": "none"}, _TEACHER),
-    "cross-head-quality": Variant("cross-head, quality term", {**_CROSS, "distill_quality": 1.0}, _TEACHER),
     "cross-head-entry-1": Variant("cross-head, entry 1", {**_CROSS, "entry": 1}, _TEACHER),
     # The small network's head has two convolutions, so later entries need a deeper one.
     "one-to-many-deep": Variant("one-to-many, head of four convolutions", {"arm": "one-to-many", **_DEEP}),
@@ -354,19 +318,12 @@ VARIANTS = {
     "cross-head-half": Variant(
         "cross-head, weights ½", {**_CROSS, "distill_classification": 0.5, "distill_box": 0.5}, _TEACHER
     ),
-    "cross-head-double": Variant(
-        "cross-head, weights 2", {**_CROSS, "distill_classification": 2.0, "distill_box": 2.0}, _TEACHER
-    ),
-    "cross-head-decay": Variant("cross-head, decaying", {**_CROSS, **_DECAY}, _TEACHER),
     "cross-head-warmup": Variant("cross-head, warmed up", {**_CROSS, "distill_warmup": 0.2}, _TEACHER),
     "cross-head-ranking": Variant("cross-head, ranking", {**_CROSS, "ranking": 0.25}, _TEACHER),
     "cross-head-auxiliary": Variant("cross-head, auxiliary head", {**_CROSS, "auxiliary_head": True}, _TEACHER),
     "cross-head-inherit": Variant("cross-head, inheriting", {**_CROSS, "inherit": True}, _TEACHER),
     "cross-head-inherit-decay": Variant(
         "cross-head, inheriting, decaying", {**_CROSS, "inherit": True, **_DECAY}, _TEACHER
-    ),
-    "cross-head-inherit-ranking": Variant(
-        "cross-head, inheriting, ranking", {**_CROSS, "inherit": True, "ranking": 0.25}, _TEACHER
     ),
 }
 STUDIES = {
