@@ -33,6 +33,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"structures", "errors"},
     {"validation", "geometry"},
+    {"fused_triton"},
     {"fused"},
     {"functional", "candidates"},
     {"matching"},
@@ -47,7 +48,7 @@ FLOORS = [
     {"__init__"},
 ]
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}
-ONLY_IN = {"detectors/torchvision.py": {"torchvision"}}
+ONLY_IN = {"detectors/torchvision.py": {"torchvision"}, "fused_triton.py": {"triton"}}
 
 
 def relative(path: Path) -> str:

@@ -121,6 +121,13 @@ _PERSON: dict[str, Option] = {
 _LARGE_TEACHERS = ("one-to-many-large", "one-to-many-large-2x")
 SETS = {
     "demo": Protocol(8, {**_SMALL, "size": 128, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
+    # For processors that are slow in bfloat16, those without AVX-512.
+    "demo_float32": Protocol(
+        8,
+        {**_SMALL, "size": 128, "augmentation": "flip", "precision": "float32"},
+        folder="demo",
+        shared=_LARGE_TEACHERS,
+    ),
     "bccd": Protocol(30, {**_SMALL, "size": 192}),
     "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
     "highway": Protocol(25, {**_SMALL, "size": 192}, shared=_LARGE_TEACHERS),
@@ -272,6 +279,22 @@ VARIANTS = {
         auxiliary_head=True,
         metric="balanced",
     ),
+    "cross-head-nanodet-features-auxiliary-double": _nanodet(
+        "cross-head with feature imitation, an auxiliary head, weights 2, teacher NanoDet-m",
+        auxiliary_head=True,
+        distill_classification=2.0,
+        distill_box=2.0,
+    ),
+    "cross-head-nanodet-features-3-auxiliary": _nanodet(
+        "cross-head with feature imitation of weight 3, an auxiliary head, teacher NanoDet-m",
+        auxiliary_head=True,
+        distill_features=3.0,
+    ),
+    "cross-head-nanodet-features-auxiliary-inherit": Variant(
+        "cross-head with feature imitation, an auxiliary head, teacher NanoDet-m, inheriting",
+        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, "auxiliary_head": True},
+        origin=_TEACHER,
+    ),
     "cross-head-nanodet-features-auxiliary-3x": _nanodet(
         "cross-head with feature imitation, an auxiliary head, teacher NanoDet-m, three times as long",
         length=3,
@@ -290,6 +313,10 @@ VARIANTS = {
     ),
     "feature-imitation-nanodet": Variant(
         "feature imitation (PKD), teacher NanoDet-m", {"arm": "feature-imitation", "teacher": _NANODET}
+    ),
+    "feature-imitation-nanodet-auxiliary": Variant(
+        "feature imitation (PKD), an auxiliary head, teacher NanoDet-m",
+        {"arm": "feature-imitation", "teacher": _NANODET, "auxiliary_head": True},
     ),
     # --- peers that have a teacher
     "one-to-one-inherit": Variant("one-to-one, inheriting", {"arm": "one-to-one", "inherit": True}, _TEACHER),

@@ -1,15 +1,19 @@
 """Sums of elementwise losses over millions of logits, without the intermediate tensors that autograd would keep.
 
 The dense classification terms touch N · A · C values, 28 million for a COCO batch, through half a dozen elementwise
-operations. Composed, each of these writes a tensor of that size and autograd keeps five of them. Here the logits are
-walked through in chunks that stay in the processor's cache; loss and derivative of a chunk are computed together, and
-only the derivative is kept.
+operations. Composed, each of these writes a tensor of that size and autograd keeps five of them. Here loss and
+derivative are computed together and only the derivative is kept: on a GPU by a kernel of `fused_triton.py`, elsewhere
+in chunks that stay in the processor's cache.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +28,19 @@ _CHUNK = {"cpu": 2**16, "other": 2**22}
 
 # Of flat logits (and further tensors of their shape): the sum of the loss and, if wanted, its derivative by the logits.
 _Terms = Callable[..., tuple[Tensor, Tensor | None]]
+_Kernel = Literal["quality_focal", "background_focal"]
 
 
 class _FusedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, terms: _Terms, z: Tensor, *others: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[1]
-        flat, flat_others = z.reshape(-1), [x.reshape(-1) for x in others]
-        derivative = torch.empty_like(flat) if wanted else None
-        total = torch.zeros((), dtype=at_least_float32(flat[:0]).dtype, device=z.device)
-        chunk = _CHUNK.get(z.device.type, _CHUNK["other"])
-        for start in range(0, len(flat), chunk):
-            part = slice(start, start + chunk)
-            loss, slope = terms(at_least_float32(flat[part]), *(at_least_float32(x[part]) for x in flat_others), wanted)
-            total += loss
-            if derivative is not None and slope is not None:
-                derivative[part] = slope
+    def forward(ctx: Any, terms: _Terms, kernel: _Kernel, gamma: float, z: Tensor, *others: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[3]
+        kernels = _kernels(z)
+        if kernels is None:
+            total, derivative = _in_chunks(terms, z, others, wanted)
+        else:
+            logits = [x.contiguous() for x in (z, *others)]
+            total, derivative = getattr(kernels, kernel)(*logits, gamma=gamma, wanted=wanted)
         if derivative is not None:
             ctx.save_for_backward(derivative.view(z.shape))
         ctx.others = len(others)
@@ -49,15 +50,58 @@ class _FusedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (derivative,) = ctx.saved_tensors
-        # In full precision first: a loss scale alone may be beyond float16.
-        scaled = (at_least_float32(derivative) * gradient).to(derivative.dtype)
-        return (None, scaled, *(None,) * ctx.others)
+        kernels = _kernels(derivative)
+        if kernels is None:
+            # In full precision first: a loss scale alone may be beyond float16.
+            scaled = (at_least_float32(derivative) * gradient).to(derivative.dtype)
+        else:
+            scaled = kernels.scaled(derivative, gradient)
+        return (None, None, None, scaled, *(None,) * ctx.others)
 
 
-def _sum(terms: _Terms, z: Tensor, *others: Tensor) -> Tensor:
+def _in_chunks(terms: _Terms, z: Tensor, others: tuple[Tensor, ...], wanted: bool) -> tuple[Tensor, Tensor | None]:
+    flat, flat_others = z.reshape(-1), [x.reshape(-1) for x in others]
+    derivative = torch.empty_like(flat) if wanted else None
+    total = torch.zeros((), dtype=at_least_float32(flat[:0]).dtype, device=z.device)
+    chunk = _CHUNK.get(z.device.type, _CHUNK["other"])
+    for start in range(0, len(flat), chunk):
+        part = slice(start, start + chunk)
+        loss, slope = terms(at_least_float32(flat[part]), *(at_least_float32(x[part]) for x in flat_others), wanted)
+        total += loss
+        if derivative is not None and slope is not None:
+            derivative[part] = slope
+    return total, derivative
+
+
+def _kernels(z: Tensor) -> ModuleType | None:
+    """The kernels for these logits, or None."""
+    fit = z.is_cuda and z.numel() > 0 and z.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return _working_kernels(z.device) if fit else None
+
+
+@cache
+def _working_kernels(device: torch.device) -> ModuleType | None:
+    """The kernels, tried once: compiling them takes Triton, a C compiler and a GPU that is not too old."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from . import fused_triton  # noqa: PLC0415  # Triton is not everywhere
+
+        fused_triton.background_focal(torch.zeros(1, device=device), gamma=2, wanted=False)
+    except Exception as error:  # whatever it is, there is another way
+        warnings.warn(
+            f"Expected Triton to compile a kernel for {device}, but got {type(error).__name__}: {error} "
+            "(crosskd_assign.fused). The losses go on without it, slower. Fix: install a C compiler.",
+            stacklevel=2,
+        )
+        return None
+    return fused_triton
+
+
+def _sum(terms: _Terms, kernel: _Kernel, gamma: float, z: Tensor, *others: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler fuses by itself, and would unroll the chunks
         return terms(*(at_least_float32(x).flatten() for x in (z, *others)), False)[0]
-    total: Tensor = _FusedSum.apply(terms, z, *others)
+    total: Tensor = _FusedSum.apply(terms, kernel, gamma, z, *others)
     return total
 
 
@@ -81,7 +125,7 @@ def quality_focal_sum(z: Tensor, teacher: Tensor, gamma: float) -> Tensor:
             slope.mul_(gamma * distance ** (gamma - 1))
         return loss, slope.addcmul_(weight, distance).mul_(difference.sign_())
 
-    return _sum(terms, z, teacher.detach())
+    return _sum(terms, "quality_focal", gamma, z, teacher.detach())
 
 
 def background_focal_sum(z: Tensor, gamma: float) -> Tensor:
@@ -96,4 +140,4 @@ def background_focal_sum(z: Tensor, gamma: float) -> Tensor:
         # d/dz of pᵞ E is pᵞ (γ (1 − p) E + p).
         return loss, entropy.mul_(1 - p).mul_(gamma).add_(p).mul_(weight)
 
-    return _sum(terms, z)
+    return _sum(terms, "background_focal", gamma, z)
