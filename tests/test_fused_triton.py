@@ -28,7 +28,30 @@ for name, (kernel, logits, gamma) in cases.items():
     results[name] = total, slope, alone, nothing, fused_triton.scaled(slope, torch.tensor(1000.0))
 torch.save(results, sys.argv[2])
 """
+COMPILING_CHILD = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from crosskd_assign import fused_triton
+logits, total, options = "*" + sys.argv[1], "*fp32", {"gamma": 1.5, "wanted": True, "block": 1024}
+for name, types, constants in (
+    ("_quality_focal", {"z_at": logits, "t_at": logits, "slope_at": logits, "sum_at": total, "n": "i32"}, options),
+    ("_background_focal", {"z_at": logits, "slope_at": logits, "sum_at": total, "n": "i32"}, options),
+    ("_scaled", {"x_at": logits, "factor_at": total, "out_at": logits, "n": "i32"}, {"block": 1024}),
+):
+    signature = types | dict.fromkeys(constants, "constexpr")
+    compiled = compile(ASTSource(getattr(fused_triton, name), signature, constants), target=GPUTarget("cuda", 80, 32))
+    print(name if ".entry" in compiled.asm["ptx"] else "nothing")
+"""
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def run_child(code: str, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    command = [sys.executable, "-c", code, *arguments]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert child.returncode == 0, child.stderr
+    return child
 
 
 def logits(count: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -55,10 +78,7 @@ CASES = dict(every_case())
 def interpreted(tmp_path_factory) -> dict[str, tuple[Tensor, Tensor, Tensor, None, Tensor]]:
     folder = tmp_path_factory.mktemp("triton")
     torch.save(CASES, folder / "cases.pt")
-    command = [sys.executable, "-c", CHILD, str(folder / "cases.pt"), str(folder / "results.pt")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert child.returncode == 0, child.stderr
+    run_child(CHILD, str(folder / "cases.pt"), str(folder / "results.pt"), environment={"TRITON_INTERPRET": "1"})
     return torch.load(folder / "results.pt")
 
 
@@ -97,11 +117,18 @@ def test_sums_and_derivatives_are_those_of_autograd(case, interpreted):
     )
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_kernels_compile_for_a_gpu(dtype, tmp_path):
+    """What the interpreter runs, a compiler may still refuse; compiling for a GPU takes none."""
+    child = run_child(COMPILING_CHILD, dtype, environment={"TRITON_CACHE_DIR": str(tmp_path)})
+    assert child.stdout.split() == ["_quality_focal", "_background_focal", "_scaled"]
+
+
 @on_gpu
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_computes_the_same(case):
     kernel, given, gamma = CASES[case]
-    kernels = fused._working_kernels(torch.device("cuda"))
+    kernels = fused._working_kernels(torch.device("cuda"), given[0].dtype)
     assert kernels is not None
     given = tuple(x.cuda() for x in given)
     total, slope = getattr(kernels, kernel)(*given, gamma=gamma, wanted=True)
@@ -125,7 +152,9 @@ def test_losses_on_a_gpu_equal_those_on_the_host(dtype):
 def test_without_a_working_triton_there_is_one_warning_and_another_way(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no C compiler")))
     fused._working_kernels.cache_clear()
-    with pytest.warns(UserWarning, match="no C compiler.*Fix: install a C compiler"):
-        assert fused._working_kernels(torch.device("cuda")) is None
-    assert fused._working_kernels(torch.device("cuda")) is None  # and no second warning
-    fused._working_kernels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no C compiler.*Fix: install a C compiler"):
+            assert fused._working_kernels(torch.device("cuda"), torch.float32) is None
+        assert fused._working_kernels(torch.device("cuda"), torch.float32) is None  # and no second warning
+    finally:
+        fused._working_kernels.cache_clear()

@@ -76,22 +76,25 @@ def _in_chunks(terms: _Terms, z: Tensor, others: tuple[Tensor, ...], wanted: boo
 def _kernels(z: Tensor) -> ModuleType | None:
     """The kernels for these logits, or None."""
     fit = z.is_cuda and z.numel() > 0 and z.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return _working_kernels(z.device) if fit else None
+    return _working_kernels(z.device, z.dtype) if fit else None
 
 
 @cache
-def _working_kernels(device: torch.device) -> ModuleType | None:
+def _working_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """The kernels, tried once: compiling them takes Triton, a C compiler and a GPU that is not too old."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:
         from . import fused_triton  # noqa: PLC0415  # Triton is not everywhere
 
-        fused_triton.background_focal(torch.zeros(1, device=device), gamma=2, wanted=False)
+        z = torch.zeros(1, device=device, dtype=dtype)
+        fused_triton.quality_focal(z, z, gamma=1, wanted=True)
+        total, _ = fused_triton.background_focal(z, gamma=2, wanted=True)
+        fused_triton.scaled(z, total)
     except Exception as error:  # whatever it is, there is another way
         warnings.warn(
-            f"Expected Triton to compile a kernel for {device}, but got {type(error).__name__}: {error} "
-            "(crosskd_assign.fused). The losses go on without it, slower. Fix: install a C compiler.",
+            f"Expected Triton to compile the kernels for {device}, but got {type(error).__name__}: {error} "
+            "(crosskd_assign.fused). The losses go on without them, slower. Fix: install a C compiler.",
             stacklevel=2,
         )
         return None

@@ -20,7 +20,7 @@ _Sums = tuple[Tensor, Tensor | None]
 
 
 @triton.jit
-def _sigmoid_parts(z: Any) -> Any:
+def _sigmoid_parts(z: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """σ(z), 1 − σ(z) and log(1 + exp(−|z|)), all of them to the last digits even where they are tiny."""
     e = tl.exp(-tl.abs(z))
     u = 1 + e
@@ -31,18 +31,18 @@ def _sigmoid_parts(z: Any) -> Any:
 
 
 @triton.jit
-def _block(n: Any, block: tl.constexpr) -> Any:
+def _block(n: tl.tensor, block: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     offset = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     return offset, offset < n
 
 
 @triton.jit
 def _quality_focal(
-    z_at: Any,
-    t_at: Any,
-    slope_at: Any,
-    sum_at: Any,
-    n: Any,
+    z_at: tl.tensor,
+    t_at: tl.tensor,
+    slope_at: tl.tensor,
+    sum_at: tl.tensor,
+    n: tl.tensor,
     gamma: tl.constexpr,
     wanted: tl.constexpr,
     block: tl.constexpr,
@@ -74,10 +74,10 @@ def _quality_focal(
 
 @triton.jit
 def _background_focal(
-    z_at: Any,
-    slope_at: Any,
-    sum_at: Any,
-    n: Any,
+    z_at: tl.tensor,
+    slope_at: tl.tensor,
+    sum_at: tl.tensor,
+    n: tl.tensor,
     gamma: tl.constexpr,
     wanted: tl.constexpr,
     block: tl.constexpr,
@@ -93,7 +93,7 @@ def _background_focal(
 
 
 @triton.jit
-def _scaled(x_at: Any, factor_at: Any, out_at: Any, n: Any, block: tl.constexpr) -> None:
+def _scaled(x_at: tl.tensor, factor_at: tl.tensor, out_at: tl.tensor, n: tl.tensor, block: tl.constexpr) -> None:
     offset, inside = _block(n, block)
     x = tl.load(x_at + offset, mask=inside).to(tl.float32)
     tl.store(out_at + offset, x * tl.load(factor_at), mask=inside)
