@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from crosskd_assign import CrossHeadDistiller, functional
+from crosskd_assign.errors import PredictionError
 from tests.builders import assignment_of, random_images, random_targets, tiny_detector
 
 ASSIGNMENT = assignment_of((0, 1, 0), (0, 4, 1), (1, 0, 0))
@@ -379,3 +380,10 @@ def test_a_dead_channel_takes_the_teachers_mean_and_leaves_the_others_alone():
     torch.testing.assert_close(aligned[:, 1], teacher[:, 1].mean().expand(2, 4, 4))
     alone = functional.align_statistics(student[:, ::2], teacher[:, ::2])
     torch.testing.assert_close(aligned[:, ::2], alone)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 1), (1, 5, 3), (2, 5, 4)])
+def test_teacher_logits_of_another_shape_are_refused(shape):
+    """Also those with as many elements, which would be compared in the wrong order."""
+    with pytest.raises(PredictionError, match=rf"\(2, 5, 3\) on cpu, but got \({', '.join(map(str, shape))}\) on cpu"):
+        functional.cross_head_classification_loss(normal(2, 5, 3), normal(*shape), normalizer=1.0)

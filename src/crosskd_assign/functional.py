@@ -205,6 +205,9 @@ def cross_head_classification_loss(
 
     Returns:
         A scalar.
+
+    Raises:
+        PredictionError: The logits differ in shape or device.
     """
     return quality_focal_sum(cross_logits, teacher_logits, gamma) / normalizer
 

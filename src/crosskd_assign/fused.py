@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import PredictionError, problem
 from .geometry import at_least_float32
 
 __all__ = ["background_focal_sum", "quality_focal_sum"]
@@ -109,7 +110,15 @@ def _sum(terms: _Terms, kernel: _Kernel, gamma: float, z: Tensor, *others: Tenso
 
 
 def quality_focal_sum(z: Tensor, teacher: Tensor, gamma: float) -> Tensor:
-    """Σ |σ(z) − q|ᵞ · BCE(z, q) with q = σ(teacher), over tensors of one shape; no gradient flows into ``teacher``."""
+    """Σ |σ(z) − q|ᵞ · BCE(z, q) with q = σ(teacher), over tensors of one shape; no gradient flows into ``teacher``.
+
+    Raises:
+        PredictionError: The shapes or the devices differ.
+    """
+    if (z.shape, z.device) != (teacher.shape, teacher.device):
+        expected, got = (f"{tuple(x.shape)} on {x.device}" for x in (z, teacher))
+        where, fix = "cross_head_classification_loss", "let one head judge the features of both models"
+        raise PredictionError(problem(f"teacher logits like the student's, {expected}", got, where, fix))
 
     def terms(z: Tensor, t: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         p, q = z.sigmoid(), t.sigmoid()
