@@ -63,7 +63,8 @@ def test_a_student_with_the_teachers_features_gets_the_teachers_predictions_and_
     on_teacher, cross = crossed(distiller, images)
     for field in ("logits", "boxes", "quality"):
         mine, theirs = getattr(cross, field), getattr(on_teacher, field)
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+        # The eps in the statistics is felt: up to 3e-4 px of a box here, in float64 as well.
+        torch.testing.assert_close(mine, theirs, atol=1e-3 if field == "boxes" else 1e-4, rtol=1e-4)
     losses = distilled(distiller(images, targets))
     losses.pop("distill_quality", None)  # binary cross-entropy: its least value is the entropy of the target
     assert all(abs(float(loss.detach())) < 1e-4 for loss in losses.values())
