@@ -33,12 +33,14 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from crosskd_assign import fused_triton
-logits, total, options = "*" + sys.argv[1], "*fp32", {"gamma": 1.5, "wanted": True, "block": 1024}
-for name, types, constants in (
-    ("_quality_focal", {"z_at": logits, "t_at": logits, "slope_at": logits, "sum_at": total, "n": "i32"}, options),
-    ("_background_focal", {"z_at": logits, "slope_at": logits, "sum_at": total, "n": "i32"}, options),
-    ("_scaled", {"x_at": logits, "factor_at": total, "out_at": logits, "n": "i32"}, {"block": 1024}),
-):
+logits, total = "*" + sys.argv[1], "*fp32"
+quality = {"z_at": logits, "t_at": logits, "slope_at": logits, "sum_at": total, "n": "i32"}
+background = {"z_at": logits, "slope_at": logits, "sum_at": total, "n": "i32"}
+scaled = {"x_at": logits, "factor_at": total, "out_at": logits, "n": "i32"}
+sums = [("_quality_focal", quality, gamma) for gamma in (0.0, 1.0, 1.5)]  # each way through the kernel
+sums += [("_background_focal", background, gamma) for gamma in (1.5, 2.0)]
+kernels = [(name, types, {"gamma": gamma, "wanted": True, "block": 1024}) for name, types, gamma in sums]
+for name, types, constants in [*kernels, ("_scaled", scaled, {"block": 1024})]:
     signature = types | dict.fromkeys(constants, "constexpr")
     compiled = compile(ASTSource(getattr(fused_triton, name), signature, constants), target=GPUTarget("cuda", 80, 32))
     print(name if ".entry" in compiled.asm["ptx"] else "nothing")
@@ -121,7 +123,7 @@ def test_sums_and_derivatives_are_those_of_autograd(case, interpreted):
 def test_the_kernels_compile_for_a_gpu(dtype, tmp_path):
     """What the interpreter runs, a compiler may still refuse; compiling for a GPU takes none."""
     child = run_child(COMPILING_CHILD, dtype, environment={"TRITON_CACHE_DIR": str(tmp_path)})
-    assert child.stdout.split() == ["_quality_focal", "_background_focal", "_scaled"]
+    assert child.stdout.split() == 3 * ["_quality_focal"] + 2 * ["_background_focal"] + ["_scaled"]
 
 
 @on_gpu

@@ -118,16 +118,12 @@ _PERSON: dict[str, Option] = {
     "train_annotations": "instances_train_person.json",
     "val_annotations": "instances_val_person.json",
 }
+_SCENES: dict[str, Option] = {**_SMALL, "size": 128, "augmentation": "flip"}
 _LARGE_TEACHERS = ("one-to-many-large", "one-to-many-large-2x")
 SETS = {
-    "demo": Protocol(8, {**_SMALL, "size": 128, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
+    "demo": Protocol(8, _SCENES, shared=_LARGE_TEACHERS),
     # For processors that are slow in bfloat16, those without AVX-512.
-    "demo_float32": Protocol(
-        8,
-        {**_SMALL, "size": 128, "augmentation": "flip", "precision": "float32"},
-        folder="demo",
-        shared=_LARGE_TEACHERS,
-    ),
+    "demo_float32": Protocol(8, {**_SCENES, "precision": "float32"}, folder="demo", shared=_LARGE_TEACHERS),
     "bccd": Protocol(30, {**_SMALL, "size": 192}),
     "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
     "highway": Protocol(25, {**_SMALL, "size": 192}, shared=_LARGE_TEACHERS),
@@ -158,9 +154,10 @@ def _recipe(title: str, *, length: float = 1.0, **options: Option) -> Variant:
     return Variant(title, {**_CROSS, **_DECAY, **options}, "one-to-many-large", _TEACHER, length)
 
 
-def _nanodet(title: str, *, length: float = 1.0, **options: Option) -> Variant:
+def _nanodet(title: str, *, origin: str = "", length: float = 1.0, **options: Option) -> Variant:
     """Both distillations from NanoDet-m."""
-    return Variant(title, {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, **options}, length=length)
+    distillation: dict[str, Option] = {**_CROSS, "teacher": _NANODET, "distill_features": 1.0}
+    return Variant(title, {**distillation, **options}, origin=origin, length=length)
 
 
 VARIANTS = {
@@ -290,10 +287,10 @@ VARIANTS = {
         auxiliary_head=True,
         distill_features=3.0,
     ),
-    "cross-head-nanodet-features-auxiliary-inherit": Variant(
+    "cross-head-nanodet-features-auxiliary-inherit": _nanodet(
         "cross-head with feature imitation, an auxiliary head, teacher NanoDet-m, inheriting",
-        {**_CROSS, "teacher": _NANODET, "distill_features": 1.0, "auxiliary_head": True},
         origin=_TEACHER,
+        auxiliary_head=True,
     ),
     "cross-head-nanodet-features-auxiliary-3x": _nanodet(
         "cross-head with feature imitation, an auxiliary head, teacher NanoDet-m, three times as long",

@@ -99,10 +99,11 @@ def table(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
                 *(spread(runs, key) for key in ("ap50", "ap_small", "ap_medium", "ap_large")),
                 f"{statistics.mean(run['scores']['duplicates'] for run in runs):.2f}",
                 _cost(runs),
+                f"{statistics.median(run['memory_mb'] for run in runs) / 1024:.1f}",
                 f"{len(runs)}",
             ]
         )
-    head = "variant|epochs (+ teacher's)|AP without NMS|AP with NMS|AP50|APs|APm|APl|duplicates|CPU min|seeds"
+    head = "variant|epochs (+ teacher's)|AP without NMS|AP with NMS|AP50|APs|APm|APl|duplicates|CPU min|GiB|seeds"
     return markdown(head.split("|"), rows)
 
 

@@ -139,7 +139,7 @@ def line(variant: str, seed: int, ap: float, ap_nms: float) -> dict[str, Any]:
     return {
         "run": run.key, "data": "bccd", "split": "final", "variant": variant, "seed": seed, "options": run.options,
         "scores": {"ap": ap, "ap_nms": ap_nms, **rest},
-        "cpu_seconds": 90.0,
+        "cpu_seconds": 90.0, "memory_mb": 1536.0,
         **(extra if variant == "one-to-many" else {}),
     }  # fmt: skip
 
@@ -166,6 +166,7 @@ def test_tables_and_plots_say_what_the_lines_say(tmp_path):
     assert "| one-to-many | 30 | 20.0 ± 0.0 | 31.0 ± 1.0 | 50.0 ± 0.0" in text
     assert "| one-to-many, ranked by class alone | 30 | 20.0 ± 0.0 | 32.0 ± 1.0 |" in text
     assert "| cross-head | 30 + 30 | 34.0 ± 1.0 | 34.0 ± 0.0 |" in text
+    assert "| 1.5 | 3 |" in text  # GiB, seeds
     assert "| cross-head | +2.0 ± 0.0 | **+2.0** ± 0.0 |" in text  # seed by seed, over the better ranking
     assert "| one-to-many, twice as long, with NMS | +4.0 ± 0.0 | **+4.0** ± 0.0 |" in text
     assert "| cross-head | -2.0 ± 0.0 | **-2.0** ± 0.0 |" in text  # over the longer baseline
