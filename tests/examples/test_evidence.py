@@ -36,6 +36,7 @@ def test_every_variant_of_a_set_differs_in_nothing_but_what_it_says():
 def test_the_larger_network_differs_in_what_its_set_says(name):
     small, large = (Run(name, "final", variant, 0).options for variant in ("one-to-many", "one-to-many-large"))
     assert large == small | SETS[name].larger != small
+    assert large["channels"] >= small.get("channels", 0)  # a set of wider students needs a wider teacher
 
 
 def test_recorded_runs_are_those_of_the_plan():
