@@ -139,6 +139,7 @@ SETS = {
     "coco_open": Protocol(
         20,
         {**_SMALL, **_MOBILENET, "size": 128, "channels": 96, "precision": "float32", "trainable_stages": 0},
+        shared=_LARGE_TEACHERS,
         larger=_WIDER,
     ),
     # For a GPU: long, at a usual size; small networks launch fewer kernels without autocast.
