@@ -338,6 +338,7 @@ VARIANTS = {
     "cross-head": Variant("cross-head", _CROSS, _TEACHER),
     "cross-head-2x-teacher": Variant("cross-head, teacher trained twice as long", _CROSS, "one-to-many-2x"),
     "cross-head-unaligned": Variant("cross-head, no alignment", {**_CROSS, "alignment": "none"}, _TEACHER),
+    "cross-head-quality": Variant("cross-head, quality distilled", {**_CROSS, "distill_quality": 1.0}, _TEACHER),
     "cross-head-entry-1": Variant("cross-head, entry 1", {**_CROSS, "entry": 1}, _TEACHER),
     # The small network's head has two convolutions, so later entries need a deeper one.
     "one-to-many-deep": Variant("one-to-many, head of four convolutions", {"arm": "one-to-many", **_DEEP}),
