@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crosskd_assign import CrossHeadDistiller
-from tests.small_models import scene, small_fcos
+from tests.makers.small_models import scene, small_fcos
 
 # Not inductor: torch 2.15's, on the CPU, gets the gradient of a group norm's bias in torchvision's FCOS head wrong by
 # one per cent, without any of our code.

@@ -10,16 +10,15 @@ import torch
 from torchvision.models.detection import FCOS
 from torchvision.ops import batched_nms
 
-from crosskd_assign import Detection, Target, TaskAwareOneToOneAssigner, adapt
+from crosskd_assign import TaskAwareOneToOneAssigner, adapt
 from crosskd_assign.diagnostics import (
-    assignment_report,
     duplicate_report,
     end_to_end_report,
-    one_to_many_detections,
-    suppress,
 )
-from tests.builders import GRIDS, random_images, random_predictions, random_targets, tiny_detector
-from tests.small_models import small_fcos
+from crosskd_assign.postprocessing import one_to_many_detections, suppress
+from crosskd_assign.structures import Detection, Target
+from tests.makers.builders import GRIDS, random_images, random_predictions, random_targets, tiny_detector
+from tests.makers.small_models import small_fcos
 
 A, B = [0.0, 0, 10, 10], [20.0, 20, 40, 40]
 HALF_A, LESS_OF_A = [0.0, 0, 10, 5], [0.0, 0, 10, 4.9]  # IoU with A of exactly 0.5, and below
@@ -167,7 +166,7 @@ IMAGES = [
 def detect_one_to_many(model: FCOS, **options: Any) -> list[Detection]:
     adapter = adapt(model.eval())
     batch, _ = adapter.preprocess(IMAGES)
-    return one_to_many_detections(adapter, adapter.head(adapter.features(batch), batch), batch, **options)
+    return one_to_many_detections(adapter, adapter.head(adapter.features(batch), batch.image_size), batch, **options)
 
 
 @torch.no_grad()
@@ -206,15 +205,14 @@ def test_without_a_quality_the_class_score_alone_counts():
 def test_an_assignment_is_summarised_in_shares_of_all_boxes():
     truth = random_targets([100, 0])  # 84 points
     assignment = TaskAwareOneToOneAssigner()(random_predictions(truth, GRIDS[1]), truth)
-    report = assignment_report(assignment)
-    assert report.boxes == 100
-    assert report.unmatched_share == 0.16
-    assert 0 < report.fallback_share == int(assignment.fallback.sum()) / 100
-    assert report.mean_metric == pytest.approx(float(assignment.metric.sum()) / 100)
-    assert report.non_finite == 0
+    assert assignment.num_boxes == 100
+    assert assignment.unmatched_share == 0.16
+    assert 0 < assignment.fallback_share == int(assignment.fallback.sum()) / 100
+    assert assignment.mean_metric == pytest.approx(float(assignment.metric.sum()) / 100)
+    assert assignment.non_finite == 0
 
 
 def test_an_assignment_of_no_boxes_has_no_shares():
     truth = random_targets([0])
-    report = assignment_report(TaskAwareOneToOneAssigner()(random_predictions(truth, GRIDS[1]), truth))
-    assert (report.boxes, report.fallback_share, report.unmatched_share, report.mean_metric) == (0, 0, 0, 0)
+    none = TaskAwareOneToOneAssigner()(random_predictions(truth, GRIDS[1]), truth)
+    assert (none.num_boxes, none.fallback_share, none.unmatched_share, none.mean_metric) == (0, 0, 0, 0)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from crosskd_assign import CrossHeadDistiller
+from crosskd_assign import CrossHeadDistiller, CrossHeadLoss
 from crosskd_assign.errors import IncompatibleDetectorsError, PredictionError
 from crosskd_assign.functional import cross_head_distribution_loss
-from tests.builders import TinyAdapter, random_images, tiny_detector
+from tests.makers.builders import TinyAdapter, random_images, tiny_detector
 
 BINS = 8
 
@@ -78,7 +78,7 @@ def test_the_distiller_adds_it_where_it_is_weighted():
     targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])} for _ in images]
     binned = BinnedAdapter(copy.deepcopy(teacher.model))
     plain = CrossHeadDistiller(student, binned)(images, targets)
-    weighted = CrossHeadDistiller(student, binned, distribution_weight=0.5)(images, targets)
+    weighted = CrossHeadDistiller(student, binned, loss=CrossHeadLoss(distribution=0.5))(images, targets)
     assert "distill_distribution" not in plain
     assert float(weighted["distill_distribution"].detach()) > 0
     weighted["distill_distribution"].backward()
@@ -86,25 +86,25 @@ def test_the_distiller_adds_it_where_it_is_weighted():
 
 
 @pytest.mark.parametrize("branch", ["distribution", "quality"])
-def test_a_branch_that_the_teachers_head_has_not_is_refused_even_if_it_is_weighted_later(branch):
+def test_a_branch_that_the_teachers_head_lacks_is_refused_even_if_it_is_weighted_later(branch):
     class Bare(TinyAdapter):
-        def head(self, features, batch):
-            return replace(super().head(features, batch), quality=None)
+        def head(self, features, image_size):
+            return replace(super().head(features, image_size), quality=None)
 
     teacher = Bare(tiny_detector(1).model)
     with pytest.raises(IncompatibleDetectorsError, match=f"a head that predicts {branch}"):
-        CrossHeadDistiller(tiny_detector(0), teacher, **{f"{branch}_weight": 0.5})
+        CrossHeadDistiller(tiny_detector(0), teacher, loss=CrossHeadLoss(**{branch: 0.5}))
     distiller = CrossHeadDistiller(tiny_detector(0), teacher)
-    setattr(distiller, f"{branch}_weight", 0.5)
+    distiller.loss = CrossHeadLoss(**{branch: 0.5})
     targets = [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])} for _ in range(2)]
-    with pytest.raises(IncompatibleDetectorsError, match=f"a head that predicts {branch}"):
+    with pytest.raises(IncompatibleDetectorsError, match=f"heads that predict {branch}"):
         distiller(random_images(), targets)
 
 
 def test_a_distribution_of_another_shape_is_refused():
     class Broken(BinnedAdapter):
-        def head(self, features, batch):
-            predictions = super().head(features, batch)
+        def head(self, features, image_size):
+            predictions = super().head(features, image_size)
             return replace(predictions, distribution=predictions.distribution.flatten(2))
 
     teacher = Broken(tiny_detector(1).model)

@@ -1,4 +1,4 @@
-"""What README and docs show is run, what they name exists."""
+"""README and docs: the code they show runs, and what they name exists."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crosskd_assign import CrossHeadDistiller
-from tests.small_models import scene, small_fcos
+from tests.makers.small_models import scene, small_fcos
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,7 +41,7 @@ def test_python_blocks_run_by_themselves(code, tmp_path, monkeypatch):
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda page: page.stem)
 def test_a_guide_runs_from_top_to_bottom_and_prints_what_it_shows(guide, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    module = ModuleType("guide")  # a module, as a script is one, so that its classes can be pickled
+    module = ModuleType("guide")  # a module, as a script is one
     monkeypatch.setitem(sys.modules, "guide", module)
     compared = 0
     for language, code in FENCE.findall(guide.read_text(encoding="utf-8")):
@@ -86,7 +86,7 @@ def shown_commands() -> dict[str, set[str]]:
         for block in blocks(page, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 for command in line.split("&&"):
-                    script = re.search(r"examples/\S+\.py", command)
+                    script = re.search(r"(?:examples|benchmarks|experiments)/\S+\.py", command)
                     if script:
                         flags = re.findall(r"\s(--[a-z-]+)", command[script.end() :])
                         used.setdefault(script.group(), set()).update(flags)

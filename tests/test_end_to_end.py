@@ -13,16 +13,15 @@ from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou_loss, sigmoid_focal_loss
 
 from crosskd_assign import (
-    Batch,
     CrossHeadDistiller,
     DensePredictions,
-    Detection,
     EndToEndDetector,
-    Target,
+    OneToOneLoss,
     TaskAwareOneToOneAssigner,
 )
 from crosskd_assign.errors import ImageError, OptionError, PredictionError, TargetError, UnknownDetectorError
-from tests.small_models import (
+from crosskd_assign.structures import Batch, Detection, Target
+from tests.makers.small_models import (
     CLASSES,
     MAKERS,
     backward,
@@ -39,8 +38,9 @@ SIZES = ((64, 90), (75, 64), (128, 128))
 
 def raw(detector: EndToEndDetector, images: Sequence[Tensor]) -> tuple[Batch, DensePredictions]:
     """The batch and the head's predictions, before anything is selected."""
-    batch, _ = detector.adapter.preprocess(images)
-    return batch, detector.predict(detector.adapter.features(batch), batch)
+    adapter = detector.adapter
+    batch, _ = adapter.preprocess(images)
+    return batch, adapter.head(adapter.features(batch), batch.image_size)
 
 
 def plain_detections(detector: EndToEndDetector, images: Sequence[Tensor], k: int, threshold: float) -> list[Detection]:
@@ -90,8 +90,7 @@ def test_losses_are_focal_loss_and_twice_giou_over_the_matched_boxes(kind):
     images, targets = scene(SIZES, boxes=(2, 1, 3))
     losses = detector(images, targets)
     _, predictions = raw(detector, images)
-    assignment = detector.assignment
-    assert assignment is not None
+    assignment = detector.assigner(predictions, targets)
     assert len(assignment) == 6
     truth = torch.zeros_like(predictions.logits)
     matched = []
@@ -109,12 +108,12 @@ def test_loss_options_reach_the_losses():
     images, targets = scene(SIZES)
     model = small_fcos()
     usual = EndToEndDetector(model)(images, targets)
-    other = EndToEndDetector(model, classification_weight=3, box_weight=0.5)(images, targets)
+    other = EndToEndDetector(model, loss=OneToOneLoss(classification=3, box=0.5))(images, targets)
     torch.testing.assert_close(other["classification"], 3 * usual["classification"])
     torch.testing.assert_close(other["bbox_regression"], 0.25 * usual["bbox_regression"])
     for option in (
-        {"focal_alpha": 0.5},
-        {"focal_gamma": 1.0},
+        {"loss": OneToOneLoss(focal_alpha=0.5)},
+        {"loss": OneToOneLoss(focal_gamma=1.0)},
         {"assigner": TaskAwareOneToOneAssigner(alpha=5, beta=0)},
     ):
         assert total(EndToEndDetector(model, **option)(images, targets)) != total(usual)
@@ -124,16 +123,15 @@ def test_loss_options_reach_the_losses():
 def test_only_the_matched_point_is_pulled_towards_its_label_and_by_channel_of_that_number(label):
     detector = EndToEndDetector(small_fcos(levels=3))
     images, targets = scene(SIZES[1:2], boxes=1)
-    batch, moved = detector.adapter.preprocess(images, targets)
-    assert moved is not None
-    moved[0]["labels"] = torch.tensor([label])
-    predictions = detector.predict(detector.adapter.features(batch), batch)
+    targets[0]["labels"] = torch.tensor([label])
+    run = detector.run(images, targets)
+    predictions = run.predictions
     predictions.logits.retain_grad()
-    backward(detector.losses(predictions, moved))
+    backward(detector.losses(run))
     assert predictions.logits.grad is not None
-    assert detector.assignment is not None
+    assignment = detector.assigner(predictions, run.targets)
     rising = (predictions.logits.grad < 0).nonzero().tolist()
-    assert rising == [[0, int(detector.assignment.point), label]]
+    assert rising == [[0, int(assignment.point), label]]
 
 
 def test_targets_are_in_pixels_of_the_image_that_came_in():
@@ -206,7 +204,7 @@ def test_a_stock_torchvision_loop_trains_it_unchanged(distil):
 
 
 def test_a_detector_keeps_its_options_as_a_student():
-    detector = EndToEndDetector(small_fcos(1), top_k=3, box_weight=0)
+    detector = EndToEndDetector(small_fcos(1), top_k=3, loss=OneToOneLoss(box=0))
     distiller = CrossHeadDistiller(detector, small_fcos(2))
     images, targets = scene(SIZES)
     assert distiller.detector is detector
@@ -299,16 +297,20 @@ def test_repr_shows_the_options():
     [
         {"top_k": 0},
         {"score_threshold": 1.5},
-        {"focal_alpha": -0.1},
-        {"focal_gamma": -1.0},
-        {"box_weight": -1.0},
-        {"classification_weight": math.nan},
     ],
     ids=str,
 )
 def test_options_out_of_range_are_refused_by_name(option):
     with pytest.raises(OptionError, match=next(iter(option))):
         EndToEndDetector(small_fcos(), **option)
+
+
+@pytest.mark.parametrize(
+    "option", [{"focal_alpha": -0.1}, {"focal_gamma": -1.0}, {"box": -1.0}, {"classification": math.nan}], ids=str
+)
+def test_weights_out_of_range_are_refused_by_name(option):
+    with pytest.raises(OptionError, match=next(iter(option))):
+        OneToOneLoss(**option)
 
 
 def test_a_detector_nobody_knows_is_refused():
@@ -339,6 +341,6 @@ def test_a_head_that_loses_points_is_refused_by_name(monkeypatch):
     images, targets = scene()
     _, predictions = raw(detector, images)
     short = replace(predictions, logits=predictions.logits[:, :-1])
-    monkeypatch.setattr(detector.adapter, "head", lambda features, batch: short)
+    monkeypatch.setattr(detector.adapter, "head", lambda features, image_size: short)
     with pytest.raises(PredictionError, match=r"FCOSAdapter\.head\(\)"):
         detector(images, targets)

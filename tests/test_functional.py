@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from crosskd_assign import CrossHeadDistiller, functional
+from crosskd_assign import CrossHeadDistiller, CrossHeadLoss, functional
+from crosskd_assign.distributed import normalizer_over_ranks
 from crosskd_assign.errors import PredictionError
-from tests.builders import assignment_of, random_images, random_targets, tiny_detector
+from tests.makers.builders import assignment_of, random_images, random_targets, tiny_detector
 
 ASSIGNMENT = assignment_of((0, 1, 0), (0, 4, 1), (1, 0, 0))
 LABELS = torch.tensor([2, 0, 1])
@@ -302,7 +303,7 @@ def test_the_normalizer_sums_what_lies_above_the_threshold_and_is_at_least_1():
 
 
 def test_the_normalizer_does_not_depend_on_the_assignment_of_the_student():
-    distiller = CrossHeadDistiller(tiny_detector(0), tiny_detector(1), quality_weight=1.0)
+    distiller = CrossHeadDistiller(tiny_detector(0), tiny_detector(1), loss=CrossHeadLoss(quality=1.0))
     images = random_images(2)
     few, many = (distiller(images, random_targets(counts)) for counts in ([0, 0], [9, 30]))
     names = [name for name in few if name.startswith("distill")]
@@ -311,10 +312,11 @@ def test_the_normalizer_does_not_depend_on_the_assignment_of_the_student():
         assert torch.equal(few[name], many[name])
 
 
-def test_the_mean_over_ranks_of_a_single_process_is_the_value_without_gradient():
+def test_the_normalizer_of_a_single_process_is_the_value_or_one_without_gradient():
     value = torch.tensor(3.0, requires_grad=True)
-    mean = functional.mean_over_ranks(2 * value)
-    assert (float(mean), mean.requires_grad) == (6.0, False)
+    for factor, expected in ((2, 6.0), (0.1, 1.0)):
+        normalizer = normalizer_over_ranks(factor * value)
+        assert (float(normalizer), normalizer.requires_grad) == (expected, False)
 
 
 # --- imitation of features --------------------------------------------------------------------------------------------

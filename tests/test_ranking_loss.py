@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from crosskd_assign import EndToEndDetector
+from crosskd_assign import EndToEndDetector, OneToOneLoss
 from crosskd_assign.functional import one_to_one_ranking_loss, product_logits
-from tests.builders import assignment_of, random_images, random_targets, tiny_detector
+from tests.makers.builders import assignment_of, random_images, random_targets, tiny_detector
 
 
 def scene(seed: int = 0, points: int = 12, classes: int = 3):
@@ -98,8 +98,8 @@ def test_nothing_matched_and_no_rivals_cost_nothing_but_stay_connected():
 def test_a_detector_adds_it_only_where_it_has_a_weight():
     images, targets = random_images(2), random_targets((2, 1))
     plain = EndToEndDetector(tiny_detector()).train()
-    ranked = EndToEndDetector(tiny_detector(), ranking_weight=0.5).train()
-    twice = EndToEndDetector(tiny_detector(), ranking_weight=1.0).train()
+    ranked = EndToEndDetector(tiny_detector(), loss=OneToOneLoss(ranking=0.5)).train()
+    twice = EndToEndDetector(tiny_detector(), loss=OneToOneLoss(ranking=1.0)).train()
     losses = ranked(images, targets)
     assert losses.keys() - plain(images, targets).keys() == {"ranking"}
     torch.testing.assert_close(2 * losses["ranking"], twice(images, targets)["ranking"])

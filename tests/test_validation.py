@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,13 +19,15 @@ from torch import nn
 
 from crosskd_assign import (
     CrossHeadDistiller,
+    CrossHeadLoss,
     DensePredictions,
     EndToEndDetector,
-    FeatureAligner,
+    OneToOneLoss,
     adapt,
     errors,
     inherit,
 )
+from crosskd_assign.distillation import FeatureAligner
 from crosskd_assign.errors import (
     CrossKDError,
     DetectorError,
@@ -34,16 +38,15 @@ from crosskd_assign.errors import (
     PredictionError,
     TargetError,
     UnknownDetectorError,
-    problem,
 )
 from crosskd_assign.validation import (
-    check_images,
-    check_option,
-    check_predictions,
-    check_target_values,
-    check_targets,
+    validate_images,
+    validate_option,
+    validate_predictions,
+    validate_target_values,
+    validate_targets,
 )
-from tests.builders import (
+from tests.makers.builders import (
     GRIDS,
     TinyAdapter,
     TinyNetwork,
@@ -66,10 +69,21 @@ def raises(error: type[Exception], expected: str, got: str, where: str) -> Abstr
 
 
 def test_the_template_of_messages():
-    assert problem("a cat", "a dog", "house", "buy a cat") == "Expected a cat, but got a dog (house). Fix: buy a cat."
+    error = TargetError(expected="a cat", got="a dog", where="house", fix="buy a cat")
+    assert str(error) == "Expected a cat, but got a dog (house). Fix: buy a cat."
 
 
-@pytest.mark.parametrize("name", [n for n in errors.__all__ if n != "problem"])
+@pytest.mark.parametrize("name", errors.__all__)
+def test_the_parts_of_a_message_are_attributes_and_survive_another_process(name):
+    error = getattr(errors, name)(expected="a cat", got="a dog", where="house", fix="buy a cat")
+    for twin in (error, pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):  # noqa: S301
+        assert (twin.expected, twin.got, twin.where, twin.fix) == ("a cat", "a dog", "house", "buy a cat")
+        assert str(twin) == str(error)
+        assert (Path(__file__).parents[1] / twin.page).is_file()
+    assert str(type(error)(str(error))) == str(error)  # how torch's loaders raise a worker's error again
+
+
+@pytest.mark.parametrize("name", errors.__all__)
 def test_every_error_can_be_caught_as_one_and_as_a_value_error(name):
     assert issubclass(getattr(errors, name), CrossKDError)
     assert issubclass(CrossKDError, ValueError)
@@ -86,51 +100,61 @@ def test_detector_errors_can_be_caught_together():
 @pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf")])
 def test_an_option_outside_its_range_is_refused(value):
     with raises(OptionError, "share between 0 and 1", f"{value}", "constructor argument"):
-        check_option("share", value, low=0, high=1)
+        validate_option("share", value, low=0, high=1)
 
 
 def test_an_option_without_an_upper_bound_is_described_by_its_lower_one():
     with raises(OptionError, "top_k of at least 1", "0", "constructor argument"):
-        check_option("top_k", 0, low=1)
+        validate_option("top_k", 0, low=1)
 
 
 @pytest.mark.parametrize("value", [0, 0.5, 1])
 def test_the_bounds_of_an_option_are_allowed(value):
-    check_option("share", value, low=0, high=1)
+    validate_option("share", value, low=0, high=1)
 
 
-AT_LEAST_0 = ["classification_weight", "box_weight"]
-
-
-@pytest.mark.parametrize("option", [*AT_LEAST_0, "focal_alpha", "focal_gamma", "top_k", "score_threshold"])
+@pytest.mark.parametrize("option", ["top_k", "score_threshold"])
 @pytest.mark.parametrize("value", [-1, float("nan")])
 def test_a_detector_names_the_option_that_is_out_of_range(option, value):
     with pytest.raises(OptionError, match=f"^Expected {option} .* but got {value} "):
         EndToEndDetector(tiny_detector(), **{option: value})
 
 
-@pytest.mark.parametrize("option", ["focal_alpha", "score_threshold"])
-def test_shares_of_a_detector_end_at_1(option):
-    with pytest.raises(OptionError, match=f"^Expected {option} between 0 and 1, but got 1.5 "):
-        EndToEndDetector(tiny_detector(), **{option: 1.5})  # type: ignore[arg-type]
+@pytest.mark.parametrize("option", ["classification", "box", "ranking", "focal_alpha", "focal_gamma"])
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_a_one_to_one_loss_names_the_option_that_is_out_of_range(option, value):
+    with pytest.raises(OptionError, match=f"^Expected {option} .* but got {value} "):
+        OneToOneLoss(**{option: value})
+
+
+def test_shares_end_at_1():
+    with pytest.raises(OptionError, match=r"^Expected score_threshold between 0 and 1, but got 1.5 "):
+        EndToEndDetector(tiny_detector(), score_threshold=1.5)
+    with pytest.raises(OptionError, match=r"^Expected focal_alpha between 0 and 1, but got 1.5 "):
+        OneToOneLoss(focal_alpha=1.5)
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *((o, -1) for o in [*AT_LEAST_0, "quality_weight", "feature_weight"]),
+        *((o, -1) for o in ["classification", "box", "quality", "distribution"]),
         ("confidence_threshold", 2),
         ("gamma", 0.5),
     ],
 )
-def test_a_distiller_names_the_option_that_is_out_of_range(option, value):
+def test_a_cross_head_loss_names_the_option_that_is_out_of_range(option, value):
     with pytest.raises(OptionError, match=f"^Expected {option} .* but got {value} "):
-        CrossHeadDistiller(tiny_detector(0), tiny_detector(1), **{option: value})
+        CrossHeadLoss(**{option: value})
+
+
+def test_a_distiller_names_the_option_that_is_out_of_range():
+    with pytest.raises(OptionError, match=r"^Expected feature_weight .* but got -1 "):
+        CrossHeadDistiller(tiny_detector(0), tiny_detector(1), feature_weight=-1)
 
 
 def test_an_unknown_alignment_is_refused():
-    with raises(OptionError, 'alignment "statistics" or "none"', "'both'", "FeatureAligner"):
-        FeatureAligner([8], [8], "both")  # type: ignore[arg-type]
+    with raises(OptionError, 'alignment "statistics" or "none"', "'both'", "constructor argument"):
+        FeatureAligner([], "both")  # type: ignore[arg-type]
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -152,7 +176,7 @@ BAD_IMAGES = [
 @pytest.mark.parametrize(("images", "expected", "got", "where"), BAD_IMAGES)
 def test_bad_images_are_named(images, expected, got, where):
     with raises(ImageError, expected, got, where):
-        check_images(images)
+        validate_images(images)
     detector = EndToEndDetector(tiny_detector())
     for model in (detector, detector.eval(), CrossHeadDistiller(tiny_detector(0), tiny_detector(1))):
         with raises(ImageError, expected, got, where):
@@ -161,7 +185,7 @@ def test_bad_images_are_named(images, expected, got, where):
 
 @pytest.mark.parametrize("images", [[IMAGE], (IMAGE, IMAGE[:, :5]), IMAGE.repeat(2, 1, 1, 1), [IMAGE.half()]])
 def test_good_images_pass(images):
-    check_images(images)
+    validate_images(images)
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -194,7 +218,7 @@ BAD_TARGETS = [
 @pytest.mark.parametrize(("targets", "expected", "got", "where"), BAD_TARGETS)
 def test_bad_targets_are_named(targets, expected, got, where):
     with raises(TargetError, expected, got, where):
-        check_targets(targets, [IMAGE, IMAGE])
+        validate_targets(targets, [IMAGE, IMAGE])
     for model in (EndToEndDetector(tiny_detector()), CrossHeadDistiller(tiny_detector(0), tiny_detector(1))):
         with raises(TargetError, expected, got, where):
             model([IMAGE, IMAGE], targets)
@@ -204,7 +228,7 @@ def test_good_targets_pass():
     empty: Any = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     more: Any = OrderedDict(GOOD | {"image_id": torch.tensor(7), "masks": None})
     double: Any = MappingProxyType({"boxes": BOXES.double(), "labels": LABELS})
-    check_targets([GOOD, empty, more, double], [IMAGE] * 4)
+    validate_targets([GOOD, empty, more, double], [IMAGE] * 4)
     assert set(EndToEndDetector(tiny_detector())([IMAGE] * 4, [GOOD, empty, more, double]))
 
 
@@ -218,7 +242,7 @@ def test_the_first_bad_box_of_a_batch_is_named(bad):
     arguments = np.array([0, 1, 1, 1]), np.array([5, 6, 7, 8])
     expected = "a finite box with x1 < x2 and y1 < y2", f"{boxes[1].tolist()}", 'targets[1]["boxes"][6]'
     with raises(TargetError, *expected):
-        check_target_values(boxes, np.zeros(4, dtype=np.int64), *arguments, 3)
+        validate_target_values(boxes, np.zeros(4, dtype=np.int64), *arguments, 3)
     targets = [GOOD, {"boxes": torch.tensor([[1.0, 1, 9, 9], bad]), "labels": LABELS}]
     for model in (EndToEndDetector(tiny_detector()), CrossHeadDistiller(tiny_detector(0), tiny_detector(1))):
         with raises(TargetError, *expected[:2], 'targets[1]["boxes"][1]'):
@@ -230,8 +254,8 @@ def test_the_first_label_without_a_channel_is_named(label):
     labels, index = np.array([0, label, label]), np.array([0, 0, 0])
     boxes = np.array([[0, 0, 1, 1]] * 3, dtype=np.float32)
     with raises(TargetError, "a label in 0…2", f"{label}", 'targets[0]["labels"][1]'):
-        check_target_values(boxes, labels, index, np.arange(3), 3)
-    check_target_values(boxes, np.array([0, 2, 1]), index, np.arange(3), 3)
+        validate_target_values(boxes, labels, index, np.arange(3), 3)
+    validate_target_values(boxes, np.array([0, 2, 1]), index, np.arange(3), 3)
     with raises(TargetError, "a label in 0…2", f"{label}", 'targets[1]["labels"][0]'):
         EndToEndDetector(tiny_detector())([IMAGE] * 2, [GOOD, {**GOOD, "labels": torch.tensor([label, 0])}])
 
@@ -256,14 +280,14 @@ class Broken(TinyAdapter):
 
     change: dict[str, Any]
 
-    def head(self, features, batch) -> DensePredictions:
-        return replace(super().head(features, batch), **self.change)
+    def head(self, features, image_size) -> DensePredictions:
+        return replace(super().head(features, image_size), **self.change)
 
 
 @pytest.mark.parametrize(("change", "expected", "got", "field"), BAD_PREDICTIONS)
 def test_bad_predictions_are_named(change, expected, got, field):
     with raises(PredictionError, expected, got, f"here.{field}"):
-        check_predictions(replace(PREDICTIONS, **change), where="here", images=2)
+        validate_predictions(replace(PREDICTIONS, **change), where="here", images=2)
     broken = Broken(TinyNetwork())
     broken.change = change
     student = EndToEndDetector(broken)
@@ -277,8 +301,8 @@ def test_bad_predictions_are_named(change, expected, got, field):
 
 
 def test_good_predictions_pass():
-    check_predictions(PREDICTIONS, where="here", images=2)
-    check_predictions(replace(PREDICTIONS, quality=torch.zeros(2, 84), levels=None), where="here", images=2)
+    validate_predictions(PREDICTIONS, where="here", images=2)
+    validate_predictions(replace(PREDICTIONS, quality=torch.zeros(2, 84), levels=None), where="here", images=2)
 
 
 class Fine(TinyAdapter):
@@ -316,7 +340,7 @@ def test_detectors_that_cannot_be_crossed_are_refused():
 
 
 def test_features_that_are_no_maps_are_refused():
-    with raises(DetectorError, "a map of shape (N, *, H, W)", "shape (1, 8192)", "Flat.features()[0]"):
+    with raises(DetectorError, "a map of shape (N, *, H, W)", "shape (2, 8192)", "Flat.features()[0]"):
         CrossHeadDistiller(Flat(TinyNetwork()), tiny_detector())
 
 

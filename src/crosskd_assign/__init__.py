@@ -1,44 +1,33 @@
 """NMS-free dense object detectors through cross-label-assignment knowledge distillation.
 
 ``CrossHeadDistiller(student, teacher)`` trains like a torchvision detection model and, in evaluation mode, detects
-without non-maximum suppression.
+without non-maximum suppression. Records are in `crosskd_assign.structures`, losses as pure functions in
+`crosskd_assign.functional`, reports in `crosskd_assign.diagnostics`, checks of an adapter in `crosskd_assign.testing`,
+and exporters in `crosskd_assign.export`.
 """
 
-from . import diagnostics, errors, functional
-from .alignment import FeatureAligner
-from .assigner import TaskAwareOneToOneAssigner
-from .conformance import AdapterReport, check_adapter
-from .detectors import DetectorAdapter, adapt
-from .distiller import CrossHeadDistiller
+from .assignment import TaskAwareOneToOneAssigner
+from .auxiliary import AuxiliaryHead
+from .detectors import DetectorAdapter, ResizingAdapter, adapt
+from .distillation import CrossHeadDistiller, Distiller, fade, inherit
 from .end_to_end import EndToEndDetector
-from .export import ExportReport, export_onnx
-from .inheritance import Inheritance, inherit
-from .structures import Assignment, Batch, DensePredictions, Detection, GridLevel, Target
-from .tensors import TensorDetector
-
-__version__ = "0.1.0"
+from .losses import CrossHeadLoss, OneToOneLoss
+from .structures import DensePredictions, GridLevel
+from .version import __version__ as __version__
 
 __all__ = [
-    "AdapterReport",
-    "Assignment",
-    "Batch",
+    "AuxiliaryHead",
     "CrossHeadDistiller",
+    "CrossHeadLoss",
     "DensePredictions",
-    "Detection",
     "DetectorAdapter",
+    "Distiller",
     "EndToEndDetector",
-    "ExportReport",
-    "FeatureAligner",
     "GridLevel",
-    "Inheritance",
-    "Target",
+    "OneToOneLoss",
+    "ResizingAdapter",
     "TaskAwareOneToOneAssigner",
-    "TensorDetector",
     "adapt",
-    "check_adapter",
-    "diagnostics",
-    "errors",
-    "export_onnx",
-    "functional",
+    "fade",
     "inherit",
 ]

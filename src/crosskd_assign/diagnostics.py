@@ -1,4 +1,4 @@
-"""How end-to-end a detector is, and why: duplicates, the AP that leaving NMS out costs, and what the teacher sees."""
+"""How end-to-end a detector is, and why: duplicates, the AP lost without NMS, the teacher's head on other features."""
 
 from __future__ import annotations
 
@@ -8,67 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .detectors import DetectorAdapter
-from .distiller import CrossHeadDistiller
-from .end_to_end import top_detections
-from .geometry import clip, iou
-from .structures import Assignment, Batch, DensePredictions, Detection, Target
+from .distillation import CrossHeadDistiller
+from .geometry import iou
+from .postprocessing import one_to_many_detections, suppress
+from .structures import Detection, Target
 
 __all__ = [
-    "AssignmentReport",
     "DuplicateReport",
     "EndToEndReport",
-    "assignment_report",
     "cross_head_detections",
     "duplicate_report",
     "end_to_end_report",
-    "one_to_many_detections",
-    "suppress",
 ]
-
-
-def suppress(detection: Detection, iou_threshold: float = 0.6, *, top_k: int = 100) -> Detection:
-    """Class-wise non-maximum suppression of one image's detections; at most ``top_k`` remain, best first."""
-    from torchvision.ops import batched_nms  # noqa: PLC0415  # seconds to import, and only comparisons need it
-
-    keep = batched_nms(detection["boxes"].float(), detection["scores"], detection["labels"], iou_threshold)[:top_k]
-    return {"boxes": detection["boxes"][keep], "scores": detection["scores"][keep], "labels": detection["labels"][keep]}
-
-
-def one_to_many_detections(
-    adapter: DetectorAdapter,
-    predictions: DensePredictions,
-    batch: Batch,
-    *,
-    nms_threshold: float | None = 0.6,
-    top_k: int = 100,
-    candidates: int = 1000,
-) -> list[Detection]:
-    """Detections of a one-to-many detector, scored as FCOS does: sqrt(class · quality), class alone without a quality.
-
-    Args:
-        adapter: The detector.
-        predictions: What its head said, on whatever features.
-        batch: What it said it of.
-        nms_threshold: IoU above which the weaker box of a class is suppressed; None leaves NMS out.
-        top_k: Detections returned for an image.
-        candidates: Detections that enter NMS.
-
-    Returns:
-        N detections in the coordinates of the images that came in.
-    """
-    if predictions.quality is not None:
-        score = (predictions.logits.float().sigmoid() * predictions.quality.float().sigmoid()[..., None]).sqrt()
-        predictions = DensePredictions(score.logit(), predictions.boxes, predictions.points, predictions.strides)
-    scores, boxes, labels = top_detections(predictions, top_k if nms_threshold is None else candidates)
-    detections: list[Detection] = [
-        # Clipped first: boxes that reach out of the picture overlap less outside it than in.
-        {"boxes": clip(b, size), "scores": s, "labels": label}
-        for b, s, label, size in zip(boxes, scores, labels, batch.sizes, strict=True)
-    ]
-    if nms_threshold is not None:
-        detections = [suppress(detection, nms_threshold, top_k=top_k) for detection in detections]
-    return adapter.restore(detections, batch)
 
 
 @torch.no_grad()
@@ -79,15 +30,33 @@ def cross_head_detections(
     nms_threshold: float | None = 0.6,
     top_k: int = 100,
 ) -> list[Detection]:
-    """Detections of the teacher's head on the student's features.
+    """Detect with the teacher's head on the student's features.
 
-    Their AP tells what a student lacks: near the teacher's AP, the features are there and the student's head is short;
-    far from it, the features are. Call it in evaluation mode.
+    Their AP shows what a student lacks: near the teacher's AP, the features are good and the student's head falls
+    short; far from it, the features do. Call it in evaluation mode.
+
+    Args:
+        distiller: Student and teacher.
+        images: N tensors ``(3, H, W)`` in 0…1.
+        nms_threshold: IoU above which the weaker box of a class is suppressed; None leaves NMS out.
+        top_k: Detections returned for an image.
+
+    Returns:
+        N detections in the coordinates of the images that came in; labels are the teacher's.
+
+    Example:
+        >>> from torchvision.models.detection import fcos_resnet50_fpn
+        >>> options = dict(weights=None, weights_backbone=None, num_classes=3, min_size=64)
+        >>> distiller = CrossHeadDistiller(fcos_resnet50_fpn(**options), fcos_resnet50_fpn(**options)).eval()
+        >>> len(cross_head_detections(distiller, [torch.rand(3, 64, 64)]))
+        1
     """
-    student = distiller.detector.adapter
-    batch, _ = student.preprocess(images)
-    _, cross = distiller.cross(distiller.entry_maps(student.features(batch)), batch)
-    return one_to_many_detections(student, cross, batch, nms_threshold=nms_threshold, top_k=top_k)
+    run = distiller.detector.run(images, entry=distiller.student_entry)
+    aligned = distiller.aligner(run.maps, distiller.teacher_maps(run.batch))
+    cross = distiller.run_teacher_head(aligned, run.batch.image_size)
+    return one_to_many_detections(
+        distiller.detector.adapter, cross, run.batch, nms_threshold=nms_threshold, top_k=top_k
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +69,10 @@ class DuplicateReport:
         duplicates: Reports beyond the first of each found object.
         margin: Mean over found objects of best score minus second best (0 where there is no second).
         per_class: Duplicates per found object for every label that was found.
+
+    Example:
+        >>> DuplicateReport(objects=10, found=8, duplicates=2, margin=0.4, per_class={0: 0.25}).rate
+        0.25
     """
 
     objects: int
@@ -134,6 +107,12 @@ def duplicate_report(
         iou_threshold: Overlap that makes a claim.
         score_threshold: Least score of a claim.
         relative_score: Least score of a claim relative to the best one on its object, 0…1.
+
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 10, 10]])
+        >>> found = Detection(boxes=boxes, scores=torch.tensor([0.9, 0.8]), labels=torch.tensor([1, 1]))
+        >>> duplicate_report([found], [Target(boxes=boxes[:1], labels=torch.tensor([1]))]).rate
+        1.0
     """
     objects, margins, label_found, label_duplicates = 0, [0.0], dict[int, int](), dict[int, int]()
     for detection, target in zip(detections, targets, strict=True):
@@ -172,7 +151,13 @@ def _claims(
 
 @dataclass(frozen=True)
 class EndToEndReport:
-    """AP without and with NMS, and the duplicates that make the difference."""
+    """AP without and with NMS, and the duplicates that make the difference.
+
+    Example:
+        >>> duplicates = DuplicateReport(objects=10, found=8, duplicates=2, margin=0.4, per_class={0: 0.25})
+        >>> EndToEndReport(ap=0.25, ap_nms=0.5, duplicates=duplicates).gap
+        0.25
+    """
 
     ap: float
     ap_nms: float
@@ -191,38 +176,23 @@ def end_to_end_report(
     *,
     nms_threshold: float = 0.6,
 ) -> EndToEndReport:
-    """How end-to-end a detector is.
+    """Score detections without and with NMS, and count their duplicates.
 
     Args:
         detections: N NMS-free detections.
         targets: N targets in the same coordinates.
         average_precision: Scores N detections, e.g. by COCO's protocol.
         nms_threshold: IoU of the NMS that the detector is compared against.
+
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 10, 10]])
+        >>> found = Detection(boxes=boxes, scores=torch.tensor([0.9, 0.8]), labels=torch.tensor([1, 1]))
+        >>> target = Target(boxes=boxes[:1], labels=torch.tensor([1]))
+        >>> precision = lambda detections: 1 / len(detections[0]["scores"])  # in place of COCO's AP
+        >>> end_to_end_report([found], [target], precision).gap
+        0.5
     """
     suppressed = [suppress(detection, nms_threshold) for detection in detections]
     return EndToEndReport(
         average_precision(detections), average_precision(suppressed), duplicate_report(detections, targets)
-    )
-
-
-@dataclass(frozen=True)
-class AssignmentReport:
-    """How an assignment went: boxes, and the shares that took a point outside the prior or none at all."""
-
-    boxes: int
-    fallback_share: float
-    unmatched_share: float
-    mean_metric: float
-    non_finite: int
-
-
-def assignment_report(assignment: Assignment) -> AssignmentReport:
-    """Summary of an assignment, e.g. of ``detector.assignment`` after a training step."""
-    boxes = len(assignment) + assignment.unmatched
-    return AssignmentReport(
-        boxes,
-        float(assignment.fallback.sum()) / max(1, boxes),
-        assignment.unmatched / max(1, boxes),
-        float(assignment.metric.sum()) / max(1, boxes),
-        assignment.non_finite,
     )

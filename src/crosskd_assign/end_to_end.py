@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Callable, Sequence
+from typing import cast, overload
 
-import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from . import functional
-from .assigner import TaskAwareOneToOneAssigner
-from .detectors import DetectorAdapter, adapt
-from .functional import mean_over_ranks
-from .geometry import at_least_float32
-from .structures import Assignment, Batch, DensePredictions, Detection, Target
-from .validation import check_images, check_option, check_predictions, check_targets
+from .assignment import TaskAwareOneToOneAssigner
+from .auxiliary import AuxiliaryHead
+from .detectors import DetectorAdapter, HeadEntry, PyramidEntry, adapt
+from .losses import OneToOneLoss
+from .postprocessing import top_detections
+from .structures import Assignment, Batch, DensePredictions, Detection, ForwardPass, Target
+from .validation import validate_images, validate_option, validate_predictions, validate_targets
 
-__all__ = ["EndToEndDetector", "top_detections"]
+__all__ = ["EndToEndDetector"]
 
 
 class EndToEndDetector(nn.Module):
@@ -31,47 +31,50 @@ class EndToEndDetector(nn.Module):
 
     Args:
         model: torchvision's FCOS or RetinaNet, or a `DetectorAdapter`. It is wrapped, not copied: ``detector.model``.
-        assigner: Picks the one positive point of each object; default `TaskAwareOneToOneAssigner` ().
-        classification_weight: Weight of the focal loss, at least 0.
-        box_weight: Weight of the GIoU loss, at least 0. 2 as in POTO (Wang et al., CVPR 2021).
-        ranking_weight: Weight of `functional.one_to_one_ranking_loss`, at least 0; off by default.
-        focal_alpha: α of the focal loss, 0…1.
-        focal_gamma: γ of the focal loss, at least 0.
+        assigner: Picks the one positive point of each object: `TaskAwareOneToOneAssigner` () by default, or any
+            callable of predictions and targets that returns an `Assignment`.
+        loss: `OneToOneLoss` () by default, or any callable of predictions, targets and assignment that returns a dict.
+        auxiliary: A second, one-to-many head on the same features, in training only.
         top_k: Detections returned for an image.
         score_threshold: Detections below this score are left out; 0 returns ``top_k`` for every image.
+
+    Raises:
+        OptionError: A number is out of range.
+        UnknownDetectorError: No built-in adapter fits the model.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models.detection import fcos_resnet50_fpn
+        >>> model = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3, min_size=64)
+        >>> detector = EndToEndDetector(model, top_k=7)
+        >>> target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}
+        >>> sorted(detector([torch.rand(3, 64, 64)], [target]))
+        ['bbox_regression', 'classification']
+        >>> len(detector.eval()([torch.rand(3, 64, 64)])[0]["scores"])
+        7
     """
 
     def __init__(
         self,
         model: nn.Module | DetectorAdapter,
         *,
-        assigner: TaskAwareOneToOneAssigner | None = None,
-        classification_weight: float = 1.0,
-        box_weight: float = 2.0,
-        ranking_weight: float = 0.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
+        assigner: Callable[[DensePredictions, Sequence[Target]], Assignment] | None = None,
+        loss: Callable[[DensePredictions, Sequence[Target], Assignment], dict[str, Tensor]] | None = None,
+        auxiliary: AuxiliaryHead | None = None,
         top_k: int = 100,
         score_threshold: float = 0.0,
     ) -> None:
         super().__init__()
-        check_option("classification_weight", classification_weight, low=0)
-        check_option("box_weight", box_weight, low=0)
-        check_option("ranking_weight", ranking_weight, low=0)
-        check_option("focal_alpha", focal_alpha, low=0, high=1)
-        check_option("focal_gamma", focal_gamma, low=0)
-        check_option("top_k", top_k, low=1)
-        check_option("score_threshold", score_threshold, low=0, high=1)
+        validate_option("top_k", top_k, low=1)
+        validate_option("score_threshold", score_threshold, low=0, high=1)
         self.adapter = adapt(model)
         self.assigner = TaskAwareOneToOneAssigner() if assigner is None else assigner
-        self.classification_weight = classification_weight
-        self.box_weight = box_weight
-        self.ranking_weight = ranking_weight
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+        self.loss = OneToOneLoss() if loss is None else loss
+        self.auxiliary = auxiliary
         self.top_k = top_k
         self.score_threshold = score_threshold
-        self.assignment: Assignment | None = None
+        # Only the auxiliary head needs the features after the detector's own head has run on them.
+        self._entry = PyramidEntry.unmeasured(edits_maps=auxiliary is not None and auxiliary.edits_features)
         for parameter in self.adapter.unused_parameters():
             parameter.requires_grad_(False)
 
@@ -79,6 +82,11 @@ class EndToEndDetector(nn.Module):
     def model(self) -> nn.Module:
         """The network itself, e.g. to save its weights."""
         return self.adapter.model
+
+    @property
+    def stops_gradient(self) -> bool:
+        """Whether one-to-one losses stop at the features, which then learn from the auxiliary head alone."""
+        return self.auxiliary is not None and self.auxiliary.detach
 
     @overload
     def forward(self, images: Sequence[Tensor] | Tensor) -> list[Detection]: ...
@@ -91,7 +99,7 @@ class EndToEndDetector(nn.Module):
     def forward(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[Detection]:
-        """Losses in training mode, detections in evaluation mode.
+        """Compute losses in training mode, detections in evaluation mode.
 
         Args:
             images: N tensors ``(3, H, W)`` in 0…1, of any sizes.
@@ -102,57 +110,60 @@ class EndToEndDetector(nn.Module):
             TargetError: Targets cannot be trained on.
             PredictionError: The adapter's predictions break their contract.
         """
-        check_images(images)
-        if not self.training:
-            batch, _ = self.adapter.preprocess(images)
-            return self.detect(self.predict(self.adapter.features(batch), batch), batch)
-        check_targets(targets, images)
-        batch, moved = self.adapter.preprocess(images, targets)
-        return self.losses(self.predict(self.adapter.features(batch), batch), moved or [])
+        if self.training:
+            return self.losses(self.run(images, targets))
+        run = self.run(images)
+        return self.detect(run.predictions, run.batch)
 
-    def predict(self, features: list[Tensor], batch: Batch) -> DensePredictions:
-        """The head's predictions on a feature pyramid, checked."""
-        predictions = self.adapter.head(features, batch)
-        check_predictions(predictions, where=f"{type(self.adapter).__name__}.head()", images=len(batch.images))
-        return predictions
-
-    def losses(self, predictions: DensePredictions, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """One-to-one losses of predictions; keeps the `Assignment` in ``self.assignment`` for inspection.
+    def run(
+        self,
+        images: Sequence[Tensor] | Tensor,
+        targets: Sequence[Target] | None = (),
+        entry: HeadEntry | None = None,
+    ) -> ForwardPass:
+        """Run the detector on images, and keep what losses may look at.
 
         Args:
-            predictions: Of N images.
-            targets: N targets in pixels of the batch image.
+            images: N tensors ``(3, H, W)`` in 0…1, of any sizes.
+            targets: In training mode, N targets.
+            entry: The point of the head whose maps are kept in `ForwardPass.maps`; its beginning by default.
+
+        Raises:
+            ImageError: Images are not float ``(3, H, W)`` tensors.
+            TargetError: In training mode: targets cannot be trained on.
+            PredictionError: The adapter's predictions break their contract.
+        """
+        # 1. Images of one shape.
+        validate_images(images)
+        if self.training:
+            validate_targets(targets, images)
+        batch, moved = self.adapter.preprocess(images, targets or ())
+
+        # 2. Features, and the maps at the entry of the head.
+        entry = self._entry if entry is None else entry
+        features = self.adapter.features(batch)
+        maps = entry.maps(self.adapter, features)
+
+        # 3. The rest of the head.
+        own = [x.detach() for x in maps] if self.training and self.stops_gradient else maps
+        predictions = entry.predict(self.adapter, own, batch.image_size)
+        validate_predictions(predictions, where=f"{type(self.adapter).__name__}.head()", images=len(batch.images))
+        return ForwardPass(batch, moved, features, maps, predictions)
+
+    def losses(self, run: ForwardPass) -> dict[str, Tensor]:
+        """Compute the weighted losses of one pass.
 
         Returns:
-            ``"classification"``, ``"bbox_regression"`` and, if weighted, ``"ranking"``, divided by the matched boxes
-            averaged over ranks.
+            Those of ``loss`` and, where there is an auxiliary head, its own with the prefix ``auxiliary_``.
         """
-        assignment = self.assigner(predictions, targets)
-        self.assignment = assignment
-        labels, boxes = matched_targets(assignment, targets)
-        count = mean_over_ranks(predictions.boxes.new_tensor(float(len(assignment)), dtype=torch.float32))
-        normalizer = count.clamp(min=1)
-        classification = functional.one_to_one_classification_loss(
-            predictions.logits,
-            assignment,
-            labels,
-            normalizer=normalizer,
-            alpha=self.focal_alpha,
-            gamma=self.focal_gamma,
-        )
-        box = functional.one_to_one_box_loss(predictions.boxes, assignment, boxes, normalizer=normalizer)
-        losses = {
-            "classification": self.classification_weight * classification,
-            "bbox_regression": self.box_weight * box,
-        }
-        if self.ranking_weight > 0:
-            losses["ranking"] = self.ranking_weight * functional.one_to_one_ranking_loss(
-                predictions.logits, predictions.boxes, assignment, labels, boxes, normalizer=normalizer
-            )
-        return losses
+        targets = cast("list[Target]", run.targets)  # validated: none is missing
+        losses = self.loss(run.predictions, targets, self.assigner(run.predictions, targets))
+        if self.auxiliary is None:
+            return losses
+        return losses | {f"auxiliary_{name}": loss for name, loss in self.auxiliary(run).items()}
 
     def detect(self, predictions: DensePredictions, batch: Batch) -> list[Detection]:
-        """The ``top_k`` best detections of every image, in the coordinates of the images that came in."""
+        """Select the ``top_k`` best detections of every image, in the coordinates of the images that came in."""
         scores, boxes, labels = top_detections(predictions, self.top_k)
         detections: list[Detection] = []
         for s, b, label in zip(scores, boxes, labels, strict=True):
@@ -160,42 +171,6 @@ class EndToEndDetector(nn.Module):
             detections.append({"boxes": b[keep], "scores": s[keep], "labels": label[keep]})
         return self.adapter.restore(detections, batch)
 
+    @override
     def extra_repr(self) -> str:
-        """Shown by ``repr``."""
-        return f"assigner={self.assigner}, top_k={self.top_k}, score_threshold={self.score_threshold}"
-
-
-def matched_targets(assignment: Assignment, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-    """Labels ``(M,)`` and boxes ``(M, 4)`` of the matched pairs of a batch."""
-    device = assignment.image.device
-    counts = torch.tensor([0, *(len(target["boxes"]) for target in targets)], device=device)
-    index = counts.cumsum(0)[assignment.image] + assignment.target
-    return (
-        torch.cat([target["labels"] for target in targets])[index],
-        torch.cat([target["boxes"] for target in targets])[index],
-    )
-
-
-def top_detections(predictions: DensePredictions, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``k`` best (point, class) pairs of every image; all there is to do instead of NMS.
-
-    Args:
-        predictions: Of N images.
-        k: Pairs to keep; fewer if there are fewer.
-
-    Returns:
-        ``scores (N, k)`` descending, ``boxes (N, k, 4)`` in pixels of the batch image, ``labels (N, k)``.
-    """
-    _, a, c = predictions.logits.shape
-    # A pair among the k best has a point among the k best points: a full sort of A · C values is never needed.
-    points = predictions.logits.amax(dim=-1).topk(_at_most(k, a), dim=1).indices  # (N, p)
-    candidates = predictions.logits.gather(1, points[..., None].expand(-1, -1, c)).flatten(1)  # (N, p · C)
-    logits, index = candidates.topk(_at_most(k, candidates.shape[1]), dim=1)
-    point = points.gather(1, torch.div(index, c, rounding_mode="floor"))  # (N, k)
-    boxes = predictions.boxes.gather(1, point[..., None].expand(-1, -1, 4))
-    return at_least_float32(logits).sigmoid(), boxes, index % c
-
-
-def _at_most(k: int, size: int) -> int:
-    """``min``, which leaves a size open that a tracer has left open."""
-    return min(k, size) if isinstance(size, int) else torch.sym_min(k, size)
+        return f"assigner={self.assigner}, loss={self.loss}, top_k={self.top_k}, score_threshold={self.score_threshold}"

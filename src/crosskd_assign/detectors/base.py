@@ -1,24 +1,23 @@
-"""What the library needs to know of a detector."""
+"""The interface between the library and a detector: three steps, ``preprocess → features → head``."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import DetectorError, problem
+from ..errors import DetectorError
 from ..geometry import clip, scale
 from ..structures import Batch, DensePredictions, Detection, Target
 
-__all__ = ["DetectorAdapter", "PyramidLevel"]
+__all__ = ["PARTS", "DetectorAdapter", "PyramidLevel"]
 
-PROBE_SIZE = 256  # pixels; a multiple of every usual stride, so that measured strides are exact
+PARTS = ("backbone", "neck", "head")
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,27 @@ class DetectorAdapter(nn.Module, ABC):
 
     Attributes:
         max_entry: How many convolutions `head_stem` can run at most; 0, the default, for a head that cannot be split.
+        strides: Stride of each level in pixels, for networks in which a blank image of 256 pixels cannot measure them;
+            None, the default, to measure them.
+
+    Example:
+        >>> class TinyAdapter(DetectorAdapter):
+        ...     def features(self, batch):
+        ...         return [self.model.body(self.normalize(batch))]
+        ...     def head(self, features, image_size):
+        ...         out = self.model.head(features[0]).flatten(2).transpose(1, 2)  # (N, A, C + 4)
+        ...         levels = [GridLevel.of(features[0], stride=8)]
+        ...         return DensePredictions.from_sides(out[..., :-4], out[..., -4:].exp(), levels)
+        >>> from crosskd_assign import GridLevel
+        >>> parts = {"body": nn.Conv2d(3, 16, 8, stride=8), "head": nn.Conv2d(16, 3 + 4, 3, padding=1)}
+        >>> adapter = TinyAdapter(nn.ModuleDict(parts))
+        >>> batch, _ = adapter.preprocess([torch.rand(3, 60, 64)])
+        >>> tuple(adapter.head(adapter.features(batch), batch.image_size).logits.shape)
+        (1, 64, 3)
     """
 
     max_entry: int = 0
+    strides: Sequence[float] | None = None
 
     def __init__(
         self,
@@ -72,73 +89,35 @@ class DetectorAdapter(nn.Module, ABC):
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
             self.register_buffer(name, torch.tensor(values, device=device).view(3, 1, 1), persistent=False)
 
-    @staticmethod
-    def from_functions(
-        model: nn.Module,
-        *,
-        features: Callable[[Any, Tensor], Sequence[Tensor]],
-        head: Callable[[Any, list[Tensor]], DensePredictions],
-        image_mean: Sequence[float] = (0.0, 0.0, 0.0),
-        image_std: Sequence[float] = (1.0, 1.0, 1.0),
-        size_divisible: int = 32,
-        trunk: nn.Module | None = None,
-        unused_parameters: Iterable[nn.Parameter] = (),
-    ) -> DetectorAdapter:
-        """An adapter of two functions instead of a subclass.
-
-        Args:
-            model: The network; both functions get it as their first argument, so that a copy runs the copied network.
-            features: ``features(model, images)`` gives the maps of normalised, padded images ``(N, 3, H, W)``.
-            head: ``head(model, maps)`` gives the predictions on such maps.
-            image_mean: See `DetectorAdapter`; likewise the next two.
-            image_std: As above.
-            size_divisible: As above.
-            trunk: Backbone and neck, a part of ``model``; by default all of it.
-            unused_parameters: Parameters that one-to-one training leaves without a gradient.
-
-        Raises:
-            DetectorError: A function does not take two arguments, or a part is none of the model's.
-        """
-        from .functions import FunctionAdapter  # noqa: PLC0415  # it is a subclass of this class
-
-        return FunctionAdapter(
-            model,
-            features,
-            head,
-            image_mean=image_mean,
-            image_std=image_std,
-            size_divisible=size_divisible,
-            trunk=trunk,
-            unused_parameters=unused_parameters,
-        )
-
     @abstractmethod
     def features(self, batch: Batch) -> list[Tensor]:
-        """Feature pyramid of a batch: L maps ``(N, *, H, W)``, the ones `head` starts from."""
+        """Compute the feature pyramid of a batch: L maps ``(N, *, H, W)``, the ones `head` starts from."""
 
     @abstractmethod
-    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
-        """Predictions on a feature pyramid, this detector's own or another's of the same shape."""
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+        """Predict on a feature pyramid, this detector's own or another's of the same shape.
+
+        Args:
+            features: L maps ``(N, *, H, W)``.
+            image_size: ``(height, width)`` in pixels of the padded images that the maps were made from.
+        """
 
     def preprocess(
-        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
-    ) -> tuple[Batch, list[Target] | None]:
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target | None] = ()
+    ) -> tuple[Batch, list[Target | None]]:
         """Bring images to one shape, and targets along with them.
 
         The default does not resize: it pads to the largest height and width, rounded up to ``size_divisible``.
 
         Args:
             images: N tensors ``(3, H, W)`` in 0…1.
-            targets: N targets in pixels of these images.
+            targets: N targets in pixels of these images; none while detecting.
 
         Returns:
-            The batch, and targets in pixels of the batch image.
+            The batch, and as many targets, in pixels of the batch image.
         """
         sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
-        return (
-            Batch(self.pad(images), sizes, sizes),
-            None if targets is None else list(targets),
-        )
+        return Batch(self.pad(images), sizes, sizes), list(targets)
 
     def pad(self, images: Sequence[Tensor] | Tensor) -> Tensor:
         """Stack images to ``(N, 3, H, W)``, padded with zeros at the right and the bottom."""
@@ -152,7 +131,7 @@ class DetectorAdapter(nn.Module, ABC):
         )
 
     def normalize(self, batch: Batch) -> Tensor:
-        """``(images − mean) / std`` with the padding at zero, as networks that normalise before padding see it."""
+        """Compute ``(images − mean) / std`` with the padding at 0, as networks that normalise before padding see it."""
         images = batch.images
         x = (images - self.image_mean.to(images)) / self.image_std.to(images)
         height, width = x.shape[-2:]
@@ -178,18 +157,40 @@ class DetectorAdapter(nn.Module, ABC):
             restored.append({**detection, "boxes": boxes if same else scale(boxes, size, original)})
         return restored
 
-    def trunk(self) -> nn.Module:
-        """Backbone and neck: what `inherit` copies. Override it when the model keeps them in a module of their own."""
-        return self.model
+    def parts(self) -> dict[str, nn.Module]:
+        """Name the modules of the network: "backbone", "neck" and "head".
+
+        `inherit`, `AuxiliaryHead` and freezing read them. The default takes the attributes of these names that the
+        model has; override it for a model that calls them otherwise. A part of several modules is an ``nn.ModuleList``
+        of them.
+        """
+        found = {name: getattr(self.model, name, None) for name in PARTS}
+        return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+    def part(self, name: str) -> nn.Module:
+        """Return one of `parts`.
+
+        Raises:
+            DetectorError: There is none of this name.
+        """
+        parts = self.parts()
+        if name not in parts:
+            raise DetectorError(
+                expected=f'a module named "{name}" in parts()',
+                got=", ".join(parts) or "none",
+                where=type(self).__name__,
+                fix=f"return the detector's {name} in {type(self).__name__}.parts()",
+            )
+        return parts[name]
 
     def unused_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters that one-to-one training leaves without a gradient, such as a centerness branch."""
+        """List parameters that one-to-one training leaves without a gradient, such as a centerness branch."""
         return ()
 
     # --- heads that can be entered further in, for ``CrossHeadDistiller(entry=k)`` -----------------------------------
 
     def head_stem(self, features: list[Tensor], k: int) -> dict[str, list[Tensor]]:
-        """The first part of the head: ``k`` convolutions of every branch, with what follows each of them.
+        """Run the first part of the head: ``k`` convolutions of every branch, with what follows each of them.
 
         Args:
             features: L maps, as `head` takes them.
@@ -199,67 +200,19 @@ class DetectorAdapter(nn.Module, ABC):
             For every branch, by name, L maps of the sizes of ``features``. Two heads can be crossed at ``k`` if their
             branches have the same names.
         """
-        raise self._unsplit()
+        self._raise_unsplit()
 
-    def head_rest(self, maps: dict[str, list[Tensor]], k: int, batch: Batch) -> DensePredictions:
-        """What is left of the head: ``head_rest(head_stem(features, k), k, batch)`` equals ``head(features, batch)``.
+    def head_rest(self, maps: dict[str, list[Tensor]], k: int, image_size: tuple[int, int]) -> DensePredictions:
+        """Run the rest of the head: ``head_rest(head_stem(features, k), k, size)`` equals ``head(features, size)``.
 
         Like `head` it reads nothing but its arguments: ``maps`` may be another detector's.
         """
-        raise self._unsplit()
+        self._raise_unsplit()
 
-    def _unsplit(self) -> DetectorError:
-        fix = "override max_entry, head_stem() and head_rest(), or leave entry at 0"
-        return DetectorError(problem("a head that can be split", "one that cannot", f"{type(self).__name__}", fix))
-
-    # --- measured ----------------------------------------------------------------------------------------------------
-
-    def pyramid(self) -> list[PyramidLevel]:
-        """Channels and strides of the feature levels, measured on one blank image without touching any state.
-
-        Raises:
-            DetectorError: `features` does not return a list of 4-dimensional maps.
-        """
-        features, _ = self._probe(with_head=False)
-        return [PyramidLevel(x.shape[1], PROBE_SIZE / x.shape[-1]) for x in features]
-
-    def edits_features(self) -> bool:
-        """Whether `head` begins with an in-place operation, which would edit maps that others still need."""
-        _, edited = self._probe(with_head=True)
-        return edited
-
-    def _probe(self, *, with_head: bool) -> tuple[list[Tensor], bool]:
-        """The features of one blank image, and whether the head edits them."""
-        with self._probing() as batch:
-            features = self.features(batch)
-            self._check_features(features)
-            versions = [x._version for x in features]
-            if with_head:
-                self.head(list(features), batch)
-        return features, any(x._version != version for x, version in zip(features, versions, strict=True))
-
-    @contextmanager
-    def _probing(self) -> Iterator[Batch]:
-        """A blank image to measure something with, in evaluation mode and without a graph; no state is touched."""
-        parameter = next(self.model.parameters(), None)
-        device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
-        image = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype)
-        size = ((PROBE_SIZE, PROBE_SIZE),)
-        modes = {module: module.training for module in self.modules()}
-        self.eval()  # batch-norm statistics must not see the blank image
-        try:
-            with torch.no_grad():
-                yield Batch(image, size, size)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-    def _check_features(self, features: list[Tensor]) -> None:
-        fix = "return the pyramid as a list of maps"
-        where = f"{type(self).__name__}.features()"
-        if not isinstance(features, (list, tuple)) or not features:
-            raise DetectorError(problem("a list of maps", type(features).__name__, where, fix))
-        for i, x in enumerate(features):
-            if not isinstance(x, Tensor) or x.dim() != 4:
-                got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-                raise DetectorError(problem("a map of shape (N, *, H, W)", got, f"{where}[{i}]", fix))
+    def _raise_unsplit(self) -> NoReturn:
+        raise DetectorError(
+            expected="a head that can be split",
+            got="one that cannot",
+            where=type(self).__name__,
+            fix="override max_entry, head_stem() and head_rest(), or leave entry at 0",
+        )

@@ -40,19 +40,19 @@ class _TorchvisionAdapter(DetectorAdapter):
         return {**self.__dict__, "_anchors": {}}  # megabytes that anyone can make again
 
     def preprocess(
-        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
-    ) -> tuple[Batch, list[Target] | None]:
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target | None] = ()
+    ) -> tuple[Batch, list[Target | None]]:
         """Resize as the model's own transform does, then pad; normalisation is left to `features`."""
-        resized: list[Tensor] = []
-        moved: list[Target] = []
-        for i, image in enumerate(images):
-            target = None if targets is None else dict(targets[i])
-            small, small_target = self._resize(image, target)
-            resized.append(small)
-            moved.append(small_target)
+        given = list(targets) or [None] * len(images)
+        pairs = [
+            self._resize(image, None if target is None else dict(target))
+            for image, target in zip(images, given, strict=True)
+        ]
+        resized = [image for image, _ in pairs]
         sizes = tuple((image.shape[-2], image.shape[-1]) for image in resized)
         original_sizes = tuple((image.shape[-2], image.shape[-1]) for image in images)
-        return Batch(self.pad(resized), sizes, original_sizes), None if targets is None else moved
+        moved = [target for _, target in pairs] if targets else []
+        return Batch(self.pad(resized), sizes, original_sizes), moved
 
     def _resize(self, image: Tensor, target: dict[str, Any] | None) -> tuple[Tensor, Any]:
         transform = self.model.transform
@@ -69,36 +69,41 @@ class _TorchvisionAdapter(DetectorAdapter):
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0], None
 
     def features(self, batch: Batch) -> list[Tensor]:
-        """The feature pyramid of the model's backbone."""
+        """Compute the feature pyramid with the model's backbone."""
         features = self.model.backbone(self.normalize(batch))
         return [features] if isinstance(features, Tensor) else list(features.values())
 
-    def trunk(self) -> nn.Module:
-        """Backbone and feature pyramid network, which torchvision keeps together."""
+    def parts(self) -> dict[str, nn.Module]:
+        """Name backbone, feature pyramid network and head; a backbone without an ``fpn`` keeps its neck."""
         backbone: nn.Module = self.model.backbone
-        return backbone
+        neck = getattr(backbone, "fpn", None)
+        if not isinstance(neck, nn.Module):
+            return {"backbone": backbone, "head": self.model.head}
+        # Whatever stands beside the pyramid network: torchvision's body, somebody's stem and stages.
+        rest = nn.ModuleDict({name: module for name, module in backbone.named_children() if module is not neck})
+        return {"backbone": rest, "neck": neck, "head": self.model.head}
 
     @property
     def max_entry(self) -> int:  # type: ignore[override]  # read-only, because it follows from the head
-        """The convolutions of the towers; 0 for a head that is not made of torchvision's two."""
+        """Count the convolutions of the towers; 0 for a head that is not made of torchvision's two."""
         towers = [getattr(branch, "conv", None) for branch in self._branches().values()]
         if len(towers) != len(_BRANCHES) or not all(isinstance(tower, nn.Sequential) for tower in towers):
             return 0
         return min(len(_convolutions(tower)) for tower in towers)  # type: ignore[arg-type]  # checked above
 
     def head_stem(self, features: list[Tensor], k: int) -> dict[str, list[Tensor]]:
-        """The first ``k`` convolutions of both towers, with norm and activation."""
+        """Run the first ``k`` convolutions of both towers, with norm and activation."""
         stems = {name: branch.conv[: _boundary(branch.conv, k)] for name, branch in self._branches().items()}
         return {name: [stem(x) for x in features] for name, stem in stems.items()}
 
-    def head_rest(self, maps: dict[str, list[Tensor]], k: int, batch: Batch) -> DensePredictions:
-        """The rest of both towers and all that follows."""
+    def head_rest(self, maps: dict[str, list[Tensor]], k: int, image_size: tuple[int, int]) -> DensePredictions:
+        """Run the rest of both towers and all that follows."""
         outputs = {}
         for name, branch in self._branches().items():
             rest = copy.copy(branch)  # the head's own code and weights, on a shorter tower
             rest._modules = {**branch._modules, "conv": branch.conv[_boundary(branch.conv, k) :]}
             outputs[name] = rest.forward(maps[name])  # not called: what was compiled or hooked is the whole branch
-        return self._decode(self._gathered(outputs), next(iter(maps.values())), batch)
+        return self._decode(self._gathered(outputs), next(iter(maps.values())), image_size)
 
     def _branches(self) -> dict[str, Any]:
         """The two halves of the head that have a tower of their own."""
@@ -106,15 +111,17 @@ class _TorchvisionAdapter(DetectorAdapter):
 
     @abstractmethod
     def _gathered(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
-        """What both branches say, named as the head itself names it."""
+        """Name the outputs of both branches as the head itself names them."""
 
     @abstractmethod
-    def _decode(self, output: dict[str, Tensor], features: list[Tensor], batch: Batch) -> DensePredictions:
-        """Predictions of what the head says; of ``features`` only the sizes count."""
+    def _decode(
+        self, output: dict[str, Tensor], features: list[Tensor], image_size: tuple[int, int]
+    ) -> DensePredictions:
+        """Decode the outputs of the head; only the sizes of ``features`` count."""
 
-    def _grid(self, features: list[Tensor], batch: Batch) -> tuple[GridLevel, ...]:
-        """The grids of torchvision's anchors: first point at 0, steps of image size // map size, differing per axis."""
-        image_height, image_width = batch.images.shape[-2:]
+    def _grid(self, features: list[Tensor], image_size: tuple[int, int]) -> tuple[GridLevel, ...]:
+        """Build the grids of torchvision's anchors: first point at 0, steps of image size // map size on each axis."""
+        image_height, image_width = image_size
         levels = []
         for feature, size, anchors in zip(
             features,
@@ -154,12 +161,14 @@ class _TorchvisionAdapter(DetectorAdapter):
 class FCOSAdapter(_TorchvisionAdapter):
     """torchvision's FCOS. Its centerness is `DensePredictions.quality`; one-to-one training does not use it."""
 
-    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
         """Run the head and decode its distances, in float32 at least."""
-        return self._decode(self.model.head(features), features, batch)
+        return self._decode(self.model.head(features), features, image_size)
 
-    def _decode(self, output: dict[str, Tensor], features: list[Tensor], batch: Batch) -> DensePredictions:
-        levels = self._grid(features, batch)
+    def _decode(
+        self, output: dict[str, Tensor], features: list[Tensor], image_size: tuple[int, int]
+    ) -> DensePredictions:
+        levels = self._grid(features, image_size)
         distances = at_least_float32(output["bbox_regression"])
         boxes = self.model.box_coder.decode(distances, self._anchor_boxes(levels, distances.device))
         return DensePredictions.on_grid(output["cls_logits"], boxes, levels, output["bbox_ctrness"].squeeze(-1))
@@ -169,7 +178,7 @@ class FCOSAdapter(_TorchvisionAdapter):
         return {"cls_logits": outputs["classification"], "bbox_regression": sides, "bbox_ctrness": centerness}
 
     def unused_parameters(self) -> Iterable[nn.Parameter]:
-        """The centerness convolution, if the head is torchvision's: one-to-one, the class alone is the score."""
+        """List the centerness convolution, if the head is torchvision's: one-to-one, the class alone is the score."""
         branch = getattr(getattr(self.model.head, "regression_head", None), "bbox_ctrness", None)
         return branch.parameters() if isinstance(branch, nn.Module) else ()
 
@@ -180,12 +189,14 @@ class FCOSAdapter(_TorchvisionAdapter):
 class RetinaNetAdapter(_TorchvisionAdapter):
     """torchvision's RetinaNet: several anchors at each grid point, no quality branch."""
 
-    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
         """Run the head and decode its anchor offsets, in float32 at least."""
-        return self._decode(self.model.head(features), features, batch)
+        return self._decode(self.model.head(features), features, image_size)
 
-    def _decode(self, output: dict[str, Tensor], features: list[Tensor], batch: Batch) -> DensePredictions:
-        levels = self._grid(features, batch)
+    def _decode(
+        self, output: dict[str, Tensor], features: list[Tensor], image_size: tuple[int, int]
+    ) -> DensePredictions:
+        levels = self._grid(features, image_size)
         offsets = at_least_float32(output["bbox_regression"])
         n = offsets.shape[0]
         anchors = self._anchor_boxes(levels, offsets.device).to(offsets.dtype).repeat(n, 1)

@@ -1,0 +1,80 @@
+"""A detector as a function of tensors, which compilers and exporters can take."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ..distillation import Distiller
+from ..end_to_end import EndToEndDetector
+from ..postprocessing import top_detections
+from ..structures import Batch, Detection
+from ..validation import validate_choice
+
+__all__ = ["Preprocessing", "TensorDetector"]
+
+Preprocessing = Literal["inside", "outside"]
+
+
+class TensorDetector(nn.Module):
+    """A detector as a function of tensors, for ``torch.export``, ``torch.compile`` and `export_onnx`.
+
+    ``forward(images)`` takes ``(N, 3, H, W)`` in 0…1 and returns ``boxes (N, K, 4)``, ``scores (N, K)`` descending and
+    ``labels (N, K)``. K is ``top_k``, or all A · C where there are fewer. No threshold is applied: compare the scores
+    with one afterwards. Weights and mode are the detector's own; call ``.eval()`` before tracing.
+
+    Args:
+        detector: The detector. Of a `Distiller` it is the student; the teacher is no part of it.
+        preprocessing: "inside": images as they come, all of one size, which are resized and padded as
+            ``detector(images)`` would; boxes are in their pixels. "outside": images already resized and padded to a
+            multiple of ``adapter.size_divisible``, not normalised; boxes are in pixels of these. Padding should have
+            the colour ``adapter.image_mean``, which normalisation turns into the zeros that the network was trained on.
+
+    Raises:
+        OptionError: ``preprocessing`` is neither.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models.detection import fcos_resnet50_fpn
+        >>> model = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3, min_size=64)
+        >>> boxes, scores, labels = TensorDetector(EndToEndDetector(model, top_k=7).eval())(torch.rand(2, 3, 64, 64))
+        >>> tuple(boxes.shape), tuple(scores.shape)
+        ((2, 7, 4), (2, 7))
+    """
+
+    def __init__(self, detector: EndToEndDetector | Distiller, *, preprocessing: Preprocessing = "inside") -> None:
+        super().__init__()
+        validate_choice("preprocessing", preprocessing, ("inside", "outside"))
+        student = detector.detector if isinstance(detector, Distiller) else detector
+        self.adapter = student.adapter
+        self.top_k = student.top_k
+        self.preprocessing = preprocessing
+        self.training = student.training
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect on a batch of images: ``boxes``, ``scores`` and ``labels``."""
+        return self.detect(self.prepare(images))
+
+    def prepare(self, images: Tensor) -> Batch:
+        """Bring images ``(N, 3, H, W)`` to the form the network takes; they share one entry of ``sizes``."""
+        n, _, height, width = images.shape
+        if self.preprocessing == "outside":
+            size = ((height, width),)
+            return Batch(images, size, size)
+        # As one image of N · 3 channels: a loop over images would fix N.
+        batch, _ = self.adapter.preprocess([images.flatten(0, 1)])
+        return Batch(batch.images.reshape(n, 3, *batch.images.shape[-2:]), batch.sizes, batch.original_sizes)
+
+    def detect(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect on a prepared batch: ``boxes``, ``scores`` and ``labels``."""
+        predictions = self.adapter.head(self.adapter.features(batch), batch.image_size)
+        scores, boxes, labels = top_detections(predictions, self.top_k)
+        together: Detection = {"boxes": boxes.flatten(0, 1), "scores": scores.flatten(), "labels": labels.flatten()}
+        (restored,) = self.adapter.restore([together], batch)
+        return restored["boxes"].reshape(boxes.shape), scores, labels
+
+    @override
+    def extra_repr(self) -> str:
+        return f"top_k={self.top_k}, preprocessing={self.preprocessing!r}"

@@ -1,0 +1,106 @@
+"""What `check_adapter` found: one `Finding` a check, and the report of them all."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import CrossKDError, DetectorError
+
+__all__ = ["AdapterCheck", "AdapterReport", "Finding", "wrong"]
+
+Outcome = Literal["ok", "note", "wrong", "skipped"]
+
+WIDTH = 110  # columns of a printed report
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        outcome: "ok"; "note", worth knowing; "wrong", to be mended; or "skipped", because it needs what is wrong
+            already or was not given.
+        sentence: What was found and, if it is wrong, how to mend it.
+        expected: If it is wrong: what was expected. This and the next three are the parts of the sentence.
+        got: What came instead.
+        where: Where.
+        fix: What to do about it.
+    """
+
+    outcome: Outcome
+    sentence: str
+    expected: str = ""
+    got: str = ""
+    where: str = ""
+    fix: str = ""
+
+    @classmethod
+    def of(cls, error: CrossKDError) -> Finding:
+        """Build the finding that an error of this library describes."""
+        return Finding("wrong", str(error), error.expected, error.got, error.where, error.fix)
+
+
+def wrong(expected: str, got: str, *, where: str, fix: str) -> Finding:
+    """Build the finding that the contract is broken."""
+    return Finding.of(DetectorError(expected=expected, got=got, where=where, fix=fix))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterCheck(Finding):
+    """One check of an adapter: its `Finding` and its name.
+
+    Attributes:
+        name: Name of the check.
+
+    Example:
+        >>> AdapterCheck(name="finite", outcome="ok", sentence="all values are finite").outcome
+        'ok'
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """All checks of an adapter, readable with ``print``.
+
+    Attributes:
+        adapter: Its class.
+        checks: In the order they ran. The first that is wrong is the one to mend first.
+
+    Example:
+        >>> check = AdapterCheck(name="finite", outcome="ok", sentence="all values are finite")
+        >>> print(AdapterReport("TinyAdapter", (check,)))
+        TinyAdapter: 1 checks, no problems
+          ok      finite             all values are finite
+    """
+
+    adapter: str
+    checks: tuple[AdapterCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    @property
+    def problems(self) -> tuple[AdapterCheck, ...]:
+        """The checks that found something wrong."""
+        return tuple(check for check in self.checks if check.outcome == "wrong")
+
+    def raise_for_problems(self) -> None:
+        """Raise `DetectorError` with the whole report if something is wrong."""
+        if not self.ok:
+            raise DetectorError(str(self))
+
+    def __str__(self) -> str:
+        """Format a line for every check, problems in capitals."""
+        count = len(self.problems)
+        lines = [f"{self.adapter}: {len(self.checks)} checks, {count or 'no'} problem{'' if count == 1 else 's'}"]
+        for check in self.checks:
+            outcome = check.outcome.upper() if check.outcome == "wrong" else check.outcome
+            start = f"  {outcome:8}{check.name:18} "
+            lines += textwrap.wrap(check.sentence, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+        return "\n".join(lines)

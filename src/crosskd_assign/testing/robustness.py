@@ -1,0 +1,147 @@
+"""Checks of how an adapter behaves when it is called again, copied, cast, or given other images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from ..validation import validate_predictions
+from .examination import Examination, check, close, first_line, untouched
+from .report import Finding, wrong
+
+__all__ = ["arguments", "batches", "copies", "dtype", "entry", "sizes"]
+
+
+@check("arguments", after=("head",))
+@torch.no_grad()
+def arguments(exam: Examination) -> Finding:
+    """Check that the head predicts the same on the same maps, whatever ran before."""
+    # 1. In two calls.
+    where, maps = f"{exam.name}.head()", exam.adapter.features(exam.batch)
+    first = exam.head(maps)
+    if not close(first, exam.head(maps), 1e-6):
+        expected, got = "equal predictions on equal maps", "different ones in two calls"
+        return wrong(expected, got, where=where, fix="let nothing random or counted into head() in evaluation mode")
+
+    # 2. After features() has run on other images.
+    kept = [x.clone() for x in maps]
+    exam.adapter.features(replace(exam.batch, images=torch.rand_like(exam.batch.images)))
+    if not close(first, exam.head(kept), 1e-6):
+        expected, got = "predictions that depend on the arguments alone", "others after another features() call"
+        fix = "let features() remember nothing: head() will be run on another detector's maps"
+        return wrong(expected, got, where=where, fix=fix)
+    return Finding("ok", "head() reads nothing but its arguments")
+
+
+@check("batches", after=("head", "arguments"))
+def batches(exam: Examination) -> Finding:
+    """Check that predictions of an image are the same beside any others, and alone."""
+    # 1. The first image beside the given ones, beside noise, and alone.
+    others = exam.batch
+    others.images[1:] = torch.rand_like(others.images[1:])
+    shown = [exam.batch, others]
+    if all(x.shape[-2:].numel() > 1 for x in exam.maps):  # or group norm would refuse an image alone
+        b = exam.batch
+        shown.append(replace(b, images=b.images[:1], sizes=b.sizes[:1], original_sizes=b.original_sizes[:1]))
+
+    # 2. What is predicted on it?
+    first, *rest = [exam.predict(batch) for batch in shown]
+    if not all(close(predictions, first, 1e-3, images=slice(1)) for predictions in rest):
+        expected, got = "predictions of an image that depend on no other image", "others beside others"
+        fix = "keep images apart when reshaping, (N, C, H, W) to (N, H * W, C), and norms in evaluation mode"
+        return wrong(expected, got, where=exam.name, fix=fix)
+    return Finding("ok", "predictions of an image do not depend on the others")
+
+
+@check(
+    "sizes",
+    after=("head", "strides"),
+    hint="give size_divisible the largest stride, or make the network take any size",
+)
+@torch.no_grad()
+def sizes(exam: Examination) -> Finding:
+    """Check that images may have sizes that nothing divides."""
+    height, width = exam.images[0].shape[-2:]
+    shapes = [(height + height // 3 + 5, width + 3), (height + 1, width + width // 2 + 7)]
+    images = [torch.rand(3, *shape).to(exam.images[0]) for shape in shapes]
+    for shown in (images, images[:1]):
+        batch, _ = exam.adapter.preprocess(shown)
+        maps = exam.adapter.features(batch)
+        if len(shown) > 1 or all(x.shape[-2:].numel() > 1 for x in maps):  # or group norm would refuse it
+            predictions = exam.head(maps, batch.image_size)
+            validate_predictions(predictions, where=f"{exam.name}.head()", images=len(shown))
+    return Finding("ok", f"images of {' and '.join(f'{h} × {w}' for h, w in shapes)} work, and one alone")
+
+
+@check("entry", after=("head",))
+@torch.no_grad()
+def entry(exam: Examination) -> Finding:
+    """Check that a head that can be split predicts the same in two parts."""
+    deepest = exam.adapter.max_entry
+    if deepest == 0:
+        return Finding("ok", "the head is not split; entry=0 works without")
+    for k in range(1, deepest + 1):
+        maps = exam.adapter.head_stem([x.clone() for x in exam.maps], k)
+        predictions = exam.adapter.head_rest(maps, k, exam.image_size)
+        complete = all(len(branch) == len(exam.maps) for branch in maps.values())
+        if not complete or not close(predictions, exam.predictions, 1e-5):
+            expected = "head_rest(head_stem(maps, k), k, size) to equal head(maps, size)"
+            fix = "run exactly what head() runs, in two parts, with a map for every level of every branch"
+            return wrong(expected, f"others, k={k}", where=exam.name, fix=fix)
+    return Finding("ok", f"the head can be entered behind 1…{deepest} convolutions")
+
+
+@check("copy", after=("head", "arguments"))
+def copies(exam: Examination) -> Finding:
+    """Check that a deep copy is a detector of its own."""
+    # 1. Copy it after a pass with a graph, as in training: what an adapter keeps of it cannot be copied.
+    where = f"copy.deepcopy({exam.name})"
+    exam.adapter.head(exam.adapter.features(exam.batch), exam.image_size)
+    try:
+        twin = replace(exam, adapter=copy.deepcopy(exam.adapter))
+    except Exception as error:  # torch and pickle raise a dozen types
+        fix = "keep no tensor of a call in an attribute; averaged weights need a copy"
+        return wrong("a copy", first_line(error), where=where, fix=fix)
+
+    # 2. The copy predicts the same on the same maps.
+    before, same = exam.head(exam.maps), twin.head(exam.maps, exam.image_size)
+    if not close(same, before, 1e-6):
+        expected, fix = "a copy that predicts what the original predicts", "copy all of the state"
+        return wrong(expected, "other predictions", where=where, fix=fix)
+
+    # 3. With other weights it predicts something else, and the original does not.
+    with torch.no_grad():
+        maps = [x.clone() for x in twin.adapter.features(exam.batch)]
+        for parameter in twin.adapter.parameters():
+            parameter.add_(torch.rand_like(parameter) if parameter.is_floating_point() else 0)
+        changed = twin.head(exam.maps, exam.image_size)
+        still = all(map(torch.equal, maps, twin.adapter.features(exam.batch)))
+    if not close(exam.head(exam.maps), before, 1e-6):
+        expected, got = "a copy with weights of its own", "one that changes the original"
+        return wrong(expected, got, where=where, fix="share no parameters with it")
+    if still or (close(changed, same, 0) and _head_has_weights(exam)):
+        fix = "reach the network through self.model, not through a variable or a function outside the adapter"
+        return wrong("a copy that runs its own weights", "one that runs the original's", where=where, fix=fix)
+    return Finding("ok", "a deep copy predicts the same, with weights of its own")
+
+
+def _head_has_weights(exam: Examination) -> bool:
+    with untouched(exam.adapter):
+        exam.adapter.requires_grad_(True)
+        return exam.adapter.head([x.clone() for x in exam.maps], exam.image_size).logits.requires_grad
+
+
+@check("dtype", after=("head", "copy"), hint="make constants with x.new_tensor(...), or register them as buffers")
+def dtype(exam: Examination) -> Finding:
+    """Check that an adapter can be cast, and predicts the same afterwards."""
+    twin = replace(exam, adapter=copy.deepcopy(exam.adapter).double())
+    predictions = twin.predict(replace(exam.batch, images=exam.batch.images.double()))
+    if not close(predictions, exam.predictions, 1e-2):
+        where, fix = (
+            f"{exam.name}.to(torch.float64)",
+            "make constants with x.new_tensor(...), or register them as buffers",
+        )
+        return wrong("the same predictions in float64", "others", where=where, fix=fix)
+    return Finding("ok", "works in float64 and predicts the same")
