@@ -11,54 +11,67 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluate import table
-from options import Options
-from processes import Interrupted
-from runs import write_json
+from coco_example.engine.signals import Interrupted
+from coco_example.evaluation.evaluation import table
+from coco_example.files import write_json
+from coco_example.options import Arm, DataOptions, MethodOptions, Options, TeacherOptions, TrainingOptions
 from train import run
-from training import DeadLossError, NonFiniteLossError
+
+from crosskd_assign.errors import CrossKDError
 
 __all__ = ["main"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the script."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for both runs (runs/demo)")
     parser.add_argument("--data-path", type=Path, default=Path("data/demo"), help="folder for the scenes (data/demo)")
-    parser.add_argument("--epochs", type=int, default=8, help="of each of the two trainings (8)")
-    parser.add_argument("--seed", type=int, default=0, help="of both (0)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of each of the two trainings (8)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of both (0)")
+    return parser.parse_args(arguments)
+
+
+def run_options(arm: Arm, output: Path, teacher: Path | None, options: argparse.Namespace) -> Options:
+    """Choose the options of one of the two trainings."""
+    return Options(
+        output=str(output),
+        seed=options.seed,
+        dataset=DataOptions(data="demo", data_path=str(options.data_path), cache=True),
+        teachers=TeacherOptions(teacher="" if teacher is None else str(teacher)),
+        method=MethodOptions(arm=arm),
+        training=TrainingOptions(
+            epochs=options.epochs,
+            batch_size=8,
+            lr=2e-3,
+            channels_last=True,  # faster on CPUs
+            eval_every=4,
+            log_every=50,
+        ),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     begun = time.perf_counter()
-    folders = {"one-to-many": options.output / "teacher", "cross-head": options.output / "student"}
-    scores = {}
+
+    # 1. Train both.
+    first, second = options.output / "teacher", options.output / "student"
+    trainings = [run_options("one-to-many", first, None, options), run_options("cross-head", second, first, options)]
+    scores = []
     try:
-        for arm, folder in folders.items():
-            print(f"\n{arm}: training into {folder}", file=sys.stderr)
-            scores[arm] = run(
-                Options(
-                    output=str(folder),
-                    arm=arm,
-                    data="demo",
-                    data_path=str(options.data_path),
-                    teacher="" if arm == "one-to-many" else str(folders["one-to-many"]),
-                    epochs=options.epochs,
-                    seed=options.seed,
-                    batch_size=8,
-                    lr=2e-3,
-                    cache=True,
-                    channels_last=True,  # faster on CPUs
-                    eval_every=4,
-                    log_every=50,
-                )
-            )
-    except (ValueError, NonFiniteLossError, DeadLossError) as error:
+        for training in trainings:
+            print(f"\n{training.method.arm}: training into {training.output}", file=sys.stderr)
+            scores.append(run(training))
+    except CrossKDError as error:  # what the user can mend, in one sentence
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
         print(f"stopped; to begin again, remove {options.output}", file=sys.stderr)
         return 128 + stop.number
-    teacher, student = scores["one-to-many"], scores["cross-head"]
+
+    # 2. Compare them.
+    teacher, student = scores
     if teacher is None or student is None:  # not the first of several processes
         return 0
     rows = [

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import RunError, load_model
+from coco_example.errors import RunError
+from coco_example.models.saved_model import load_model
 
-from crosskd_assign import EndToEndDetector, ExportReport, export_onnx
-from crosskd_assign.tensors import Preprocessing
+from crosskd_assign import EndToEndDetector
+from crosskd_assign.errors import CrossKDError
+from crosskd_assign.export import ExportReport, export_onnx
+from crosskd_assign.export.tensor_detector import Preprocessing
 
 __all__ = ["export", "main"]
 
@@ -38,8 +41,10 @@ def export(
     model, spec = load_model(run)
     if spec.one_to_many:
         raise RunError(
-            f"Expected a detector that needs no NMS, but got a one-to-many run ({run}). Fix: export one trained "
-            "with --arm one-to-one or cross-head."
+            expected="a detector that needs no NMS",
+            got="a one-to-many run",
+            where=f"{run}",
+            fix="export one trained with --arm one-to-one or cross-head",
         )
     transform: Any = model.transform
     return export_onnx(
@@ -49,8 +54,8 @@ def export(
         preprocessing=preprocessing,
         class_names=spec.label_to_name,
         metadata={
-            "architecture": spec.architecture,
-            "backbone": spec.backbone,
+            "architecture": spec.model.architecture,
+            "backbone": spec.model.backbone,
             "short_side": str(transform.min_size[-1]),
             "long_side": str(transform.max_size),
         },
@@ -58,8 +63,8 @@ def export(
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the script."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--output", type=Path, default=None, help="file to write (model.onnx in the run's folder)")
@@ -74,7 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--top-k", type=int, default=100, help="detections an image (100)")
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set (18)")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     path = options.output or options.run / "model.onnx"
     try:
         report = export(
@@ -85,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             top_k=options.top_k,
             opset=options.opset,
         )
-    except (ValueError, OSError) as error:  # everything that is the user's to mend
+    except (CrossKDError, OSError) as error:  # what the user can mend, in one sentence
         print(f"error: {error}", file=sys.stderr)
         return 2
     summary = {

@@ -9,38 +9,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from arms import METRICS, Arm, build_arm, needs_teacher
-from coco_data import CocoDataset
-from coco_reader import CocoIndex, locate_split, read_coco
-from evaluate import Evaluation, evaluate, table
-from logbook import Logbook
-from models import build_detector
-from options import Options, parse_options
-from pictures import draw_predictions
-from processes import Interrupted, Ranks, processes
-from report import draw_report
-from runs import (
-    ModelSpec,
-    RunError,
-    check_folder,
-    environment,
-    load_checkpoint,
-    read_json,
-    save_model,
-    write_json,
-)
-from scenes import write_scenes
-from teachers import TeacherInTraining, load_teacher
+from coco_example.data.dataset import CocoDataset
+from coco_example.data.reader import CocoIndex, locate_split, read_coco
+from coco_example.data.scenes import write_scenes
+from coco_example.engine.distributed import Worker, join_workers
+from coco_example.engine.metrics_log import MetricsLog
+from coco_example.engine.run_folder import check_folder, check_options, environment, load_checkpoint
+from coco_example.engine.signals import Interrupted
+from coco_example.engine.training import Training
+from coco_example.errors import RunError
+from coco_example.evaluation.evaluation import Detector, Evaluation, evaluate, table
+from coco_example.figures.draw import draw_predictions
+from coco_example.figures.report import draw_report
+from coco_example.files import write_json
+from coco_example.models.detectors import build_detector
+from coco_example.models.methods import METRICS, build_method, needs_teacher
+from coco_example.models.saved_model import ModelSpec, save_model
+from coco_example.models.teachers import TeacherInTraining, load_teacher
+from coco_example.options import DataOptions, Options, parse_options
 from torch import nn
-from training import DeadLossError, NonFiniteLossError, Training
 
-from crosskd_assign import Target, adapt, inherit
+from crosskd_assign import adapt, inherit
+from crosskd_assign.detectors.probing import evaluation_mode
+from crosskd_assign.errors import CrossKDError
+from crosskd_assign.structures import Target
 
 __all__ = ["run"]
 
@@ -54,176 +49,167 @@ def run(options: Options) -> Evaluation | None:
         The final scores on rank 0, None on others.
 
     Raises:
-        ValueError: Whatever is wrong with options, data, models or folders, as one of its subclasses.
-        NonFiniteLossError: Training diverged.
+        CrossKDError: Something is wrong with options, data, models or folders, or training diverged.
         Interrupted: A signal stopped it; it is saved.
     """
-    folder = Path(options.output)
-    with processes() as ranks:
-        state = _earlier_state(folder, options)
-        train_index, val_index = _data(options, ranks)
-        # Weights are drawn from the seed alone; what is drawn later depends on the rank, too.
+    folder, one_to_many = Path(options.output), options.method.arm == "one-to-many"
+    with join_workers() as worker:
+        # 1. A new folder, or a run to resume.
+        check_folder(folder, resume=options.resume)
+        if options.resume:
+            check_options(folder, options)
+        state = load_checkpoint(folder) if options.resume else None
+
+        # 2. Images.
+        train, val = _load_data(options.dataset, worker)
+
+        # 3. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
         torch.manual_seed(options.seed)
         torch.use_deterministic_algorithms(options.deterministic)
-        arm, spec, teacher = _models(options, train_index, val_index, ranks)
-        if ranks.first and state is None:  # only now: a refused teacher must not leave a folder that looks in use
+        model = build_detector(options.model, train.num_classes)
+        categories = tuple((category.id, category.name) for category in train.categories)
+        spec = ModelSpec(options.model, one_to_many, categories)
+
+        # 4. What it learns from, and what it starts with.
+        teacher, labels = _load_teacher(options, model, val, worker)
+        origin = teacher if options.teachers.inherit else None
+        if options.teachers.inherit_from:
+            origin, _ = load_teacher(options.teachers.inherit_from, options.model)
+        if origin is not None:
+            report = inherit(model, origin)
+            if worker.first:
+                print(f"{report}", file=sys.stderr)
+
+        # 5. How it is trained.
+        method = build_method(options.method, model.to(worker.device), teacher).to(worker.device)
+        if options.training.channels_last:
+            method.to(memory_format=torch.channels_last)
+
+        # 6. The folder: only now, because a refused teacher must not leave one that looks in use.
+        if worker.first and state is None:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", asdict(options))
+            write_json(folder / "config.json", options.as_flat())
             write_json(folder / "environment.json", environment())
-        torch.manual_seed(options.seed + 1 + ranks.rank)
-        training = Training(options, folder, arm, train_index, ranks)
+
+        # 7. Train.
+        torch.manual_seed(options.seed + 1 + worker.rank)
+        training = Training(options, folder, method, model, train, worker)
         if state is not None:
             training.load(state)
-        with Logbook(
+        with MetricsLog(
             folder,
             total_steps=training.total_steps,
             start_step=training.step,
-            batch_size=options.batch_size * ranks.count,
-            enabled=ranks.first,
-            interval=options.log_every,
+            batch_size=options.training.batch_size * worker.count,
+            enabled=worker.first,
+            interval=options.training.log_every,
         ) as log:
-            if training.step == 0 and ranks.first:
-                log.message(f"data: {train_index.report}")
-                _draw_first_batch(folder, training)
+            if training.step == 0 and worker.first:
+                log.message(f"data: {train.report}")
+                _draw_first_batch(folder, training.data.dataset)
             try:
-                training.fit(log, lambda arm: _flat(_score(arm, val_index, options)))
+                training.fit(log, lambda network: _for_log(_score(network, val, options)))
             finally:
                 training.release()
-            if not ranks.first:
+            if not worker.first:
                 return None
-            final = training.averaged_arm()
-            scores = _score(final, val_index, options)
-            log.evaluation(training.step, options.epochs, _flat(scores))
-        save_model(folder, final.adapter.model, spec)
-        summary = {"arm": options.arm, "seed": options.seed, "scores": scores.as_dict(), "budget": training.budget()}
-        write_json(folder / "summary.json", {**summary, "options": asdict(options), "environment": environment()})
-        names, assigner = spec.label_to_name, METRICS[options.metric]
-        draw_report(folder, final.eval(), CocoDataset(val_index), names, teacher, assigner=assigner)
+
+            # 8. Evaluate.
+            scores = _score(training.result, val, options)
+            log.evaluation(training.step, options.training.epochs, _for_log(scores))
+
+        # 9. Save and draw.
+        save_model(folder, training.result, spec)
+        summary = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
+        summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment()}
+        write_json(folder / "summary.json", summary)
+        shown = teacher is not None and labels == spec.label_to_category  # else its labels mean other classes
+        draw_report(
+            folder,
+            _detector(training.result, options),
+            CocoDataset(val),
+            spec.label_to_name,
+            Detector(adapt(teacher), ranking="class_quality") if teacher is not None and shown else None,
+            assigner=None if one_to_many else METRICS[options.method.metric],
+        )
         return scores
 
 
-def _data(options: Options, ranks: Ranks) -> tuple[CocoIndex, CocoIndex]:
+def _load_data(options: DataOptions, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
     root = Path(options.data_path)
-    if options.data == "demo" and ranks.first:
+    if options.data == "demo" and worker.first:
         write_scenes(root)
-    if ranks.count > 1:
-        dist.barrier()
+    worker.wait()
     train = read_coco(*locate_split(root, "train", options.train_annotations or None))
     return train, read_coco(*locate_split(root, "val", options.val_annotations or None))
 
 
-def _earlier_state(folder: Path, options: Options) -> dict[str, Any] | None:
-    """The checkpoint to resume from; None for a new run."""
-    check_folder(folder, resume=options.resume)
-    if not options.resume:
-        return None
-    differences = options.differences(read_json(folder / "config.json"))
-    if differences:
-        raise RunError(
-            f"Expected the options the run was started with, but got others ({folder}): {'; '.join(differences)}. Fix: "
-            "repeat them, or start a new run."
-        )
-    return load_checkpoint(folder)
+def _load_teacher(
+    options: Options, student: nn.Module, val: CocoIndex, worker: Worker
+) -> tuple[nn.Module | None, dict[int, int]]:
+    """Load the teacher, if one is named and used, and the COCO category of each of its labels."""
+    used = needs_teacher(options.method.arm) or options.teachers.inherit
+    if not (options.teachers.teacher and used):
+        return None, {}
+    teacher, labels = load_teacher(options.teachers.teacher, options.model)
+    teacher.to(worker.device)
+    if worker.first and not options.resume:
+        _preflight(teacher, student, val, labels, options)
+    return teacher, labels
 
 
-def _models(options: Options, train: CocoIndex, val: CocoIndex, ranks: Ranks) -> tuple[Arm, ModelSpec, Arm | None]:
-    """The arm to train, what its detector is, and the teacher as a detector if its labels are the same."""
-    student = build_detector(
-        options.architecture,  # type: ignore[arg-type]  # checked by argparse
-        options.backbone,  # type: ignore[arg-type]  # checked by argparse
-        train.num_classes,
-        size=options.size,
-        short_side=options.short_side,
-        backbone_weights=options.backbone_weights or None,
-        trainable_stages=None if options.trainable_stages < 0 else options.trainable_stages,
-        channels=options.channels,
-        head_convs=options.head_convs,
-    )
-    one_to_many = options.arm == "one-to-many"
-    categories = tuple((category.id, category.name) for category in train.categories)
-    spec = ModelSpec(
-        options.architecture,
-        options.backbone,
-        options.size,
-        options.channels,
-        options.head_convs,
-        one_to_many,
-        categories,
-        options.short_side,
-    )
-    teacher: nn.Module | None = None
-    teacher_arm: Arm | None = None
-    if options.teacher and (needs_teacher(options.arm) or options.inherit):  # type: ignore[arg-type]
-        teacher, labels = load_teacher(options.teacher, size=options.size, short_side=options.short_side)
-        teacher.to(ranks.device)
-        teacher_arm = Arm(teacher, adapt(teacher), one_to_many=True)
-        if ranks.first and not options.resume:
-            _preflight(TeacherInTraining(adapt(teacher), adapt(student).eval()), val, labels, options)
-        if labels != spec.label_to_category:
-            teacher_arm = None  # its labels mean other classes; it can teach but not be drawn beside the student
-    origin = teacher if options.inherit else None
-    if options.inherit_from:
-        origin, _ = load_teacher(options.inherit_from, size=options.size, short_side=options.short_side)
-    if origin is not None:
-        report = inherit(student, origin)
-        if ranks.first:
-            print(f"{report}", file=sys.stderr)
-    arm = build_arm(
-        options.arm,  # type: ignore[arg-type]  # checked by argparse
-        student.to(ranks.device),
-        teacher,
-        metric=options.metric,
-        classification_weight=options.distill_classification,
-        box_weight=options.distill_box,
-        quality_weight=options.distill_quality,
-        feature_weight=options.distill_features,
-        imitation_weight=options.imitation,
-        alignment=options.alignment,  # type: ignore[arg-type]  # checked by argparse
-        ranking_weight=options.ranking,
-        auxiliary_head=options.auxiliary_head,
-        detach=options.detach,
-        entry=options.entry,
-    ).to(ranks.device)
-    if options.channels_last:
-        arm.to(memory_format=torch.channels_last)
-    return arm, spec, teacher_arm
-
-
-def _preflight(teacher: TeacherInTraining, val: CocoIndex, labels: dict[int, int], options: Options) -> None:
+def _preflight(
+    teacher: nn.Module, student: nn.Module, val: CocoIndex, labels: dict[int, int], options: Options
+) -> None:
     """Refuse a teacher that detects nothing: wrong weights, labels or normalisation would waste the whole run."""
-    scores = evaluate(teacher, val, label_to_category=labels, limit=PREFLIGHT_IMAGES, batch_size=options.batch_size)
+    own = adapt(student)
+    detector = TeacherInTraining(adapt(teacher), ranking="class_quality", student=own)
+    with evaluation_mode(own):  # whose preprocessing draws random numbers in training
+        scores = evaluate(
+            detector,
+            val,
+            label_to_category=labels,
+            limit=PREFLIGHT_IMAGES,
+            batch_size=options.training.batch_size,
+        )
     print(f"teacher on {scores.images} validation images: AP {100 * scores.nms.ap:.1f} with NMS", file=sys.stderr)
-    if not scores.nms.ap >= options.teacher_floor:
+    if not scores.nms.ap >= options.teachers.teacher_floor:
         raise RunError(
-            f"Expected a teacher with an AP of at least {options.teacher_floor}, but got {scores.nms.ap:.4f} on "
-            f"{scores.images} validation images ({options.teacher}). Fix: check that it was trained to the end, on "
-            "these classes and at this size; or lower --teacher-floor."
+            expected=f"a teacher with an AP of at least {options.teachers.teacher_floor}",
+            got=f"{scores.nms.ap:.4f} on {scores.images} validation images",
+            where=options.teachers.teacher,
+            fix="check that it was trained to the end, on these classes and at this size; or lower --teacher-floor",
         )
 
 
-def _score(arm: Arm, index: CocoIndex, options: Options) -> Evaluation:
-    return evaluate(arm, index, batch_size=options.batch_size, workers=options.workers)
+def _detector(network: nn.Module, options: Options) -> Detector:
+    one_to_many = options.method.arm == "one-to-many"
+    return Detector(adapt(network), ranking="class_quality" if one_to_many else "class")
 
 
-def _flat(scores: Evaluation) -> dict[str, float]:
+def _score(network: nn.Module, index: CocoIndex, options: Options) -> Evaluation:
+    detector = _detector(network, options)
+    return evaluate(detector, index, batch_size=options.training.batch_size, workers=options.dataset.workers)
+
+
+def _for_log(scores: Evaluation) -> dict[str, float]:
     values = scores.as_dict()
     return {name: values[name] for name in ("ap", "ap_nms", "ap50", "ap50_nms", "duplicates", "duplicates_nms")}
 
 
-def _draw_first_batch(folder: Path, training: Training) -> None:
-    """What augmentation really does, before any time is spent on it."""
-    samples = [training.dataset[(0, i)] for i in range(min(4, len(training.dataset)))]
-    names = {label: c.name for label, c in enumerate(training.dataset.index.categories, start=1)}
+def _draw_first_batch(folder: Path, dataset: CocoDataset) -> None:
+    """Draw what augmentation really does, before any time is spent on it."""
+    samples = [dataset[(0, i)] for i in range(min(4, len(dataset)))]
+    names = {label: c.name for label, c in enumerate(dataset.index.categories, start=1)}
     boxes = [Target(boxes=target["boxes"], labels=target["labels"]) for _, target in samples]
     draw_predictions(folder / "batch0.png", [image for image, _ in samples], [("training image", boxes)], names)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the script."""
     options = parse_options(arguments)
     try:
         scores = run(options)
-    except (ValueError, NonFiniteLossError, DeadLossError) as error:  # what the user can mend, in one sentence
+    except CrossKDError as error:  # what the user can mend, in one sentence
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:

@@ -1,4 +1,4 @@
-"""`examples/custom_detector.py`: runs by itself, and its adapter is as short as it says."""
+"""`examples/custom_detector.py`: it runs by itself, and its adapter is short."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "custom_detector.py"
 def test_it_checks_trains_detects_and_ends_with_its_own_check(capsys):
     main = runpy.run_path(str(SCRIPT))["main"]
     assert main(["--steps", "16"]) == 0
-    said = capsys.readouterr().out
-    assert "CellAdapter: " in said
-    assert "no problems" in said
-    assert "distill_classification" in said
+    printed = capsys.readouterr().out
+    assert "CellAdapter: " in printed
+    assert "no problems" in printed
+    assert "distill_classification" in printed
     found = {
         name: (int(n), float(rate))
-        for name, n, rate in re.findall(r"(\w+, with\w* NMS) +found (\d+) of .*?, (\S+) dup", said)
+        for name, n, rate in re.findall(r"(\w+, with\w* NMS) +found (\d+) of .*?, (\S+) dup", printed)
     }
     assert set(found) == {"teacher, without NMS", "teacher, with NMS", "student, without NMS"}
     assert found["student, without NMS"][1] < found["teacher, without NMS"][1]
     assert found["student, without NMS"][0] > 30
-    assert said.rstrip().endswith("repeats itself less than its teacher")
+    assert printed.rstrip().endswith("repeats itself less than its teacher")
 
 
 def test_a_training_that_goes_nowhere_fails_the_check(capsys, monkeypatch):

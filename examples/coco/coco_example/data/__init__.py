@@ -1,0 +1,1 @@
+"""COCO-format data: reading, loading, augmenting, sampling, and drawing scenes."""

@@ -1,0 +1,45 @@
+"""Transforms of (image, target) pairs for training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torchvision.transforms import v2
+
+Level = Literal["none", "flip", "crop", "full"]
+
+GREY = 114  # fills what an image leaves empty: near ImageNet's mean, so about 0 when normalised
+TIDY = (v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=2))  # the last step of every transform
+
+
+def augmentation(size: int, level: Level, short_side: int = 0) -> v2.Transform:
+    """Build a transform of (image, target) whose images have no side longer than ``size`` pixels.
+
+    - ``"none"`` scales the longer side to ``size``.
+    - ``"flip"`` also mirrors half of the images.
+    - ``"crop"`` mirrors, scales by a further factor of 0.5 to 1.5 and takes a random square, grey where the image
+      ends.
+    - ``"full"`` does the same with a factor of 0.3 to 2 and changes colours; combine it with
+      ``CocoDataset(mosaic=0.5)``.
+
+    Boxes are clipped to the image; those thinner than 2 pixels are removed, together with their labels.
+
+    Args:
+        size: Largest side in pixels.
+        level: How much the images vary.
+        short_side: With ``"none"`` and ``"flip"``, also bound the shorter side, in pixels; 0: no such bound.
+    """
+    # 1. Mirror.
+    steps: list[v2.Transform] = [] if level == "none" else [v2.RandomHorizontalFlip()]
+    # 2. Scale, and crop.
+    if level in ("none", "flip"):
+        # Leaves an image of that size alone.
+        steps.append(v2.Resize(size=[short_side] if short_side else None, max_size=size))
+    else:
+        scales = (0.5, 1.5) if level == "crop" else (0.3, 2.0)
+        steps.append(v2.ScaleJitter((size, size), scales))
+        steps.append(v2.RandomCrop((size, size), pad_if_needed=True, fill=GREY))
+    # 3. Change colours.
+    if level == "full":
+        steps.append(v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.6))  # a hue would triple the time
+    return v2.Compose([*steps, *TIDY])

@@ -1,0 +1,57 @@
+"""Draw training batches in an order that a resumed run repeats."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from typing import TypeAlias
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from coco_example.errors import DataError
+
+Key: TypeAlias = tuple[int, int]  # epoch, index
+
+
+@dataclass(frozen=True)
+class ResumableSampler(Sampler[list[Key]]):
+    """Endless batches of ``(epoch, index)`` keys, for ``DataLoader(dataset, batch_sampler=…, collate_fn=collate)``.
+
+    Batch k depends on the arguments and k alone: with ``start_batch=k``, a resumed run continues as if it had not
+    stopped. All ranks cut one permutation per epoch, and global batch k stays the same while
+    ``batch_size * world_size`` does. The incomplete last batch of an epoch is left out; a set smaller than one global
+    batch is repeated to fill it.
+    """
+
+    length: int  # images
+    batch_size: int  # images per batch and rank
+    _: KW_ONLY
+    seed: int = 0  # not negative
+    rank: int = 0
+    world_size: int = 1
+    start_batch: int = 0  # batches already done since the training began
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.batch_size < 1 or not 0 <= self.rank < self.world_size or self.start_batch < 0:
+            raise DataError(
+                expected="at least one image and a rank below world_size",
+                got=str(self),
+                where="sampler",
+                fix="check the arguments",
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Count the batches that each rank gets of one permutation."""
+        return max(1, self.length // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first, done = divmod(self.start_batch, self.batches_per_epoch)
+        for epoch in itertools.count(first):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            batches = np.resize(order, (self.batches_per_epoch, self.world_size, self.batch_size))[:, self.rank]
+            for batch in batches[done:].tolist():
+                yield [(epoch, i) for i in batch]
+            done = 0

@@ -1,0 +1,1 @@
+"""The training loop, run folders, the metrics log and worker processes."""

@@ -1,0 +1,71 @@
+"""Load the images of a training run in the order of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from coco_example.data.augmentation import augmentation
+from coco_example.data.dataset import CocoDataset, Target, collate
+from coco_example.data.reader import CocoIndex
+from coco_example.data.sampler import ResumableSampler
+from coco_example.engine.distributed import Worker
+from coco_example.engine.signals import leave_signals_alone
+from coco_example.options import Options
+
+__all__ = ["TrainingData"]
+
+
+class TrainingData:
+    """The batches of one process: the same after a stop as without it.
+
+    Args:
+        options: The run's.
+        index: Images to train on.
+        worker: This process.
+
+    Attributes:
+        dataset: The images, augmented.
+        steps_per_epoch: Batches that each process gets in one epoch.
+    """
+
+    def __init__(self, options: Options, index: CocoIndex, worker: Worker) -> None:
+        self._options, self._worker = options, worker
+        data, model = options.dataset, options.model
+        self.dataset = CocoDataset(
+            index,
+            augmentation(model.size, data.augmentation, model.short_side),
+            seed=options.seed,
+            cache=data.cache,
+            mosaic=data.mosaic,
+        )
+        self.steps_per_epoch = self._sampler(0).batches_per_epoch
+
+    def _sampler(self, step: int) -> ResumableSampler:
+        return ResumableSampler(
+            len(self.dataset),
+            self._options.training.batch_size,
+            seed=self._options.seed,
+            rank=self._worker.rank,
+            world_size=self._worker.count,
+            start_batch=step,
+        )
+
+    def batches(self, step: int) -> Iterator[tuple[list[Tensor], list[Target]]]:
+        """Load endless batches from a step on, onto the process's device."""
+        device = self._worker.device
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self._sampler(step),
+            num_workers=self._options.dataset.workers,
+            collate_fn=collate,
+            worker_init_fn=leave_signals_alone,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # a loader without its own would draw from the generator that is resumed
+        )
+        for images, targets in loader:
+            moved = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
+            yield [image.to(device, non_blocking=True) for image in images], moved

@@ -1,0 +1,57 @@
+"""Checks of the loss terms of a step."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from coco_example.errors import DeadLossError, NonFiniteLossError
+
+__all__ = ["DEAD_CHECKS", "DIVERGED", "LossChecks"]
+
+DEAD_CHECKS = 50
+DIVERGED = "lower --lr, clip harder with --max-grad-norm, or train in --precision bfloat16; the last checkpoint is good"
+
+
+class LossChecks:
+    """Refuse losses that are not finite, and terms that stay exactly 0."""
+
+    def __init__(self) -> None:
+        self._zeros: Counter[str] = Counter()  # checks in a row at which a term was exactly 0
+
+    def __call__(
+        self, losses: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]], step: int
+    ) -> dict[str, float]:
+        """Read the losses of a step, which waits for an accelerator.
+
+        Returns:
+            The losses as Python floats.
+
+        Raises:
+            NonFiniteLossError: One is NaN or infinite.
+            DeadLossError: One has been exactly 0 for many checks.
+        """
+        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        if not all(map(math.isfinite, values.values())):
+            images = [int(target["image_id"]) for target in targets]
+            raise NonFiniteLossError(
+                expected="finite losses", got=f"{values}", where=f"step {step}, images {images}", fix=DIVERGED
+            )
+        # A term that lost its way, as under DDP, is 0 although there are objects.
+        if any(len(target["boxes"]) > 0 for target in targets):
+            self._count_zeros(values, step)
+        return values
+
+    def _count_zeros(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._zeros[name] = self._zeros[name] + 1 if value == 0 else 0
+            if self._zeros[name] >= DEAD_CHECKS:
+                raise DeadLossError(
+                    expected="every loss term to be alive",
+                    got=f"exactly 0 at {DEAD_CHECKS} checks in a row",
+                    where=f"{name}, step {step}",
+                    fix="see that its weight is not 0, and that teacher and student are not the same",
+                )

@@ -1,0 +1,1 @@
+"""Scoring detectors by the COCO protocol."""

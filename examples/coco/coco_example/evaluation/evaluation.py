@@ -1,0 +1,202 @@
+"""Score a detector by COCO's protocol, without and with NMS, and count its duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from coco_example.data.dataset import CocoDataset, collate
+from coco_example.data.reader import CocoIndex
+from coco_example.engine.signals import leave_signals_alone
+from coco_example.evaluation.coco_metrics import CocoScores, coco_evaluate, coco_results
+from crosskd_assign import DensePredictions, DetectorAdapter
+from crosskd_assign.detectors.probing import evaluation_mode
+from crosskd_assign.diagnostics import DuplicateReport, duplicate_report
+from crosskd_assign.postprocessing import one_to_many_detections
+from crosskd_assign.structures import Batch, Detection, Target
+
+__all__ = ["NMS_THRESHOLD", "Detector", "Evaluation", "detect", "evaluate", "on_cpu", "table"]
+
+NMS_THRESHOLD = 0.6  # torchvision's FCOS
+
+Ranking = Literal["class", "class_quality"]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A detector as it is scored and drawn: what predicts, and what its detections are ranked by.
+
+    Attributes:
+        adapter: The detector.
+        ranking: "class" for one that was trained with one positive an object; "class_quality", where the quality branch
+            counts in the score, for one that was trained with many.
+    """
+
+    adapter: DetectorAdapter
+    ranking: Ranking = "class"
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.adapter.parameters()).device
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Tensor]) -> tuple[DensePredictions, Batch]:
+        """Compute dense predictions, with the quality branch only where it is part of the score."""
+        batch = self.preprocess(images)
+        predictions = self.adapter.head(self.adapter.features(batch), batch.image_size)
+        return (predictions if self.ranking == "class_quality" else replace(predictions, quality=None)), batch
+
+    def preprocess(self, images: Sequence[Tensor]) -> Batch:
+        """Make the batch that the detector runs on."""
+        batch, _ = self.adapter.preprocess(images)
+        return batch
+
+    def detect(self, images: Sequence[Tensor], *, nms_threshold: float | None = None) -> list[Detection]:
+        """Detect objects in a few images, without NMS unless a threshold is given."""
+        predictions, batch = self.predict(images)
+        return one_to_many_detections(self.adapter, predictions, batch, nms_threshold=nms_threshold)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one detector."""
+
+    plain: CocoScores
+    nms: CocoScores
+    duplicates: DuplicateReport
+    duplicates_nms: DuplicateReport
+    images: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """List numbers: ``ap`` and its kin without NMS, ``ap_nms`` and its kin with, ``duplicates`` per object."""
+        nms = {f"{name}_nms": value for name, value in self.nms.as_dict().items()}
+        rates = {"duplicates": self.duplicates.rate, "duplicates_nms": self.duplicates_nms.rate}
+        return {**self.plain.as_dict(), **nms, **rates, "margin": self.duplicates.margin, "images": self.images}
+
+
+@torch.inference_mode()
+def detect(
+    detector: Detector,
+    dataset: CocoDataset,
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    workers: int = 0,
+    precision: torch.dtype = torch.float32,
+    nms_threshold: float = NMS_THRESHOLD,
+) -> tuple[list[Detection], list[Detection], list[Target]]:
+    """Detect objects in the first ``limit`` images; options are those of `evaluate`.
+
+    Returns:
+        Detections without NMS, detections with NMS, and the targets, on the CPU.
+    """
+    # 1. Images in the order of the index.
+    subset = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
+    loader = DataLoader(
+        subset,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_alone,
+        generator=torch.Generator(),  # without its own it would draw from the generator that training resumes
+    )
+
+    # 2. Predict once, select twice.
+    device = detector.device
+    plain: list[Detection] = []
+    suppressed: list[Detection] = []
+    targets: list[Target] = []
+    with evaluation_mode(detector.adapter):
+        for images, batch_targets in loader:
+            with torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext():
+                predictions, batch = detector.predict([image.to(device) for image in images])
+            for kept, threshold in ((plain, None), (suppressed, nms_threshold)):
+                found = one_to_many_detections(detector.adapter, predictions, batch, nms_threshold=threshold)
+                kept += [on_cpu(detection) for detection in found]
+            targets += batch_targets
+    return plain, suppressed, targets
+
+
+def evaluate(
+    detector: Detector,
+    index: CocoIndex,
+    *,
+    label_to_category: Mapping[int, int] | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    workers: int = 0,
+    precision: torch.dtype = torch.float32,
+    nms_threshold: float = NMS_THRESHOLD,
+) -> Evaluation:
+    """Score a detector on an index. Its modes and the random state stay as they are.
+
+    Args:
+        detector: The detector.
+        index: Images and annotations.
+        label_to_category: COCO category of each of the detector's labels, where they are not the index's own.
+        limit: Images to score; None for all.
+        batch_size: Images at a time.
+        workers: Loader processes.
+        precision: Autocast dtype.
+        nms_threshold: IoU above which NMS drops the weaker box of a class.
+    """
+    # 1. Detect.
+    plain, suppressed, targets = detect(
+        detector,
+        CocoDataset(index),
+        limit=limit,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        nms_threshold=nms_threshold,
+    )
+
+    # 2. Score both lists in the categories of the annotation file.
+    categories = dict(index.label_to_category if label_to_category is None else label_to_category)
+    ids = [int(target["image_id"]) for target in targets]
+    scores = [
+        coco_evaluate(index.annotations, coco_results(detections, ids, categories), image_ids=ids)
+        for detections in (plain, suppressed)
+    ]
+
+    # 3. Count duplicates against targets, whose labels are the index's own.
+    own = {category: label for label, category in index.label_to_category.items()}
+    translation = {label: own.get(category, -1) for label, category in categories.items()}
+    reports = [
+        duplicate_report([_relabelled(d, translation) for d in detections], targets)
+        for detections in (plain, suppressed)
+    ]
+    return Evaluation(scores[0], scores[1], reports[0], reports[1], len(ids))
+
+
+def on_cpu(detection: Detection) -> Detection:
+    """Copy a detection to the CPU."""
+    return {
+        "boxes": detection["boxes"].cpu(),
+        "scores": detection["scores"].cpu(),
+        "labels": detection["labels"].cpu(),
+    }
+
+
+def _relabelled(detection: Detection, translation: Mapping[int, int]) -> Detection:
+    labels = [translation.get(label, -1) for label in detection["labels"].tolist()]
+    return {**detection, "labels": torch.tensor(labels, dtype=torch.int64)}
+
+
+def table(rows: Sequence[tuple[str, CocoScores, DuplicateReport]]) -> str:
+    """Write a table of AP, AP50, AP75, APs, APm, APl (per cent) and duplicates per found object."""
+    width = max(len(name) for name, *_ in rows)
+    head = f"{'':{width}}     AP   AP50   AP75    APs    APm    APl  duplicates"
+    lines = [head]
+    for name, s, duplicates in rows:
+        numbers = (s.ap, s.ap50, s.ap75, s.ap_small, s.ap_medium, s.ap_large)
+        cells = " ".join(f"{100 * value:6.1f}" for value in numbers)
+        lines.append(f"{name:{width}} {cells}  {duplicates.rate:10.3f}")
+    return "\n".join(lines).replace("   nan", "     –")

@@ -1,0 +1,130 @@
+"""Run an exported detector with onnxruntime, as if it were a detector of the example."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from coco_example.errors import MissingPackageError, RunError, first_line
+from crosskd_assign.geometry import clip, scale
+from crosskd_assign.structures import Detection
+
+__all__ = ["OnnxDetector"]
+
+
+# What `export.py` writes into the file.
+_METADATA = frozenset({"preprocessing", "class_names", "short_side", "long_side", "size_divisible", "image_mean"})
+
+
+class OnnxDetector:
+    """A file that ``export.py`` wrote. Called with images of any sizes, it returns their detections, best first.
+
+    Args:
+        path: The file.
+
+    Raises:
+        RunError: There is no such file, onnxruntime cannot read it, or ``export.py`` did not write it.
+        MissingPackageError: onnxruntime is not installed.
+
+    Attributes:
+        class_names: Name of each label.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # 1. Open the file.
+        self._path = path
+        self._session = _session(path)
+        metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        missing = _METADATA - metadata.keys()
+        if missing:
+            raise RunError(
+                expected="an ONNX file of export.py",
+                got=f"one without {', '.join(sorted(missing))}",
+                where=f"{path}",
+                fix="write one with export.py, or run this one yourself",
+            )
+
+        # 2. Read how it wants its images.
+        self.class_names = {int(label): str(name) for label, name in json.loads(metadata["class_names"]).items()}
+        self._inside = metadata["preprocessing"] == "inside"
+        self._divisible = int(metadata["size_divisible"])
+        self._mean = torch.tensor(json.loads(metadata["image_mean"])).view(3, 1, 1)
+        sides = int(metadata["short_side"]), int(metadata["long_side"])
+        self._transform = GeneralizedRCNNTransform(*sides, [], []).eval()
+
+    def __call__(self, images: Sequence[Tensor]) -> list[Detection]:
+        """Detect objects in images ``(3, H, W)`` in 0…1, in their pixels.
+
+        Raises:
+            RunError: The file takes images of another size only.
+        """
+        return [self._run(image) if self._inside else self._run_prepared(image) for image in images]
+
+    def _run(self, image: Tensor) -> Detection:
+        wanted = self._session.get_inputs()[0].shape
+        shape = (1, *image.shape)
+        if any(isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)):
+            raise RunError(
+                expected=f"images of shape {wanted}",
+                got=f"{list(shape)}",
+                where=f"{self._path}",
+                fix="export it without --size, or for the size of these pictures",
+            )
+        boxes, scores, labels = self._session.run(["boxes", "scores", "labels"], {"images": image[None].cpu().numpy()})
+        return {
+            "boxes": torch.from_numpy(boxes[0]),
+            "scores": torch.from_numpy(scores[0]),
+            "labels": torch.from_numpy(labels[0]),
+        }
+
+    def _run_prepared(self, image: Tensor) -> Detection:
+        """Resize as the detector's own transform does, pad with the mean, and carry the boxes back."""
+        # 1. Resize.
+        small, _ = self._transform.resize(image.cpu(), None)
+        height, width = small.shape[1:]
+
+        # 2. Pad to the file's size, or to a multiple of what it wants.
+        *_, rows, columns = self._session.get_inputs()[0].shape
+        d = self._divisible
+        rows, columns = (w if isinstance(w, int) else -(-s // d) * d for w, s in ((rows, height), (columns, width)))
+        if height > rows or width > columns:
+            raise RunError(
+                expected=f"pictures that fit into {rows} × {columns} px once resized",
+                got=f"{height} × {width}",
+                where=f"{self._path}",
+                fix="export it without --size",
+            )
+        canvas = self._mean.repeat(1, rows, columns)
+        canvas[:, :height, :width] = small
+
+        # 3. Detect, in pixels of the image that came in.
+        detection = self._run(canvas)
+        boxes = clip(detection["boxes"], (height, width))
+        return {**detection, "boxes": scale(boxes, (height, width), (image.shape[1], image.shape[2]))}
+
+
+def _session(path: Path) -> Any:
+    if not path.is_file():
+        raise RunError(expected="an ONNX file", got="none", where=f"{path}", fix="write one with export.py")
+    try:
+        onnxruntime: Any = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingPackageError(
+            expected="onnxruntime", got=f"{error}", where="--model", fix='pip install "crosskd_assign[export]"'
+        ) from error
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a dozen types
+        raise RunError(
+            expected="a readable ONNX file",
+            got=first_line(error),
+            where=f"{path}",
+            fix="write it again with export.py",
+        ) from error

@@ -1,0 +1,1 @@
+"""Detectors, training methods and teachers."""

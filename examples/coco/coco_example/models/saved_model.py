@@ -1,0 +1,90 @@
+"""The finished detector of a run: ``model.json`` and ``model.safetensors`` in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import nn
+from typing_extensions import Self
+
+from coco_example.errors import RunError
+from coco_example.files import read_json, write_json, write_whole
+from coco_example.models.detectors import build_detector
+from coco_example.models.weights import load_weights
+from coco_example.options import ModelOptions
+
+__all__ = ["ModelSpec", "load_model", "save_model"]
+
+# How training starts; a finished detector has its own weights.
+_NOT_STORED = {"backbone_weights", "trainable_stages"}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What it takes to build a detector again and to understand its labels.
+
+    Attributes:
+        model: The detector.
+        one_to_many: Whether it was trained with many positives an object, and needs NMS.
+        categories: COCO category id and name of the labels 1, 2, ….
+    """
+
+    model: ModelOptions
+    one_to_many: bool
+    categories: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Self:
+        """Read the content of a ``model.json``."""
+        names = {option.name for option in fields(ModelOptions)}
+        model = ModelOptions(**{name: value for name, value in values.items() if name in names})
+        categories = tuple((int(category), str(name)) for category, name in values["categories"])
+        return cls(model, bool(values["one_to_many"]), categories)
+
+    def as_flat(self) -> dict[str, Any]:
+        """List everything by name, without groups, as ``model.json`` has it."""
+        model = {name: value for name, value in asdict(self.model).items() if name not in _NOT_STORED}
+        return {**model, "one_to_many": self.one_to_many, "categories": self.categories}
+
+    @property
+    def num_classes(self) -> int:
+        """Count the classes, background included."""
+        return len(self.categories) + 1
+
+    @property
+    def label_to_category(self) -> dict[int, int]:
+        """Map each label to its COCO category id."""
+        return {label: category for label, (category, _) in enumerate(self.categories, start=1)}
+
+    @property
+    def label_to_name(self) -> dict[int, str]:
+        """Map each label to its name."""
+        return {label: name for label, (_, name) in enumerate(self.categories, start=1)}
+
+
+def save_model(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
+    """Write the finished detector: weights alone, and what they belong to."""
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    write_whole(folder / "model.safetensors", save(state))
+    write_json(folder / "model.json", spec.as_flat())
+
+
+def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
+    """Build the finished detector of a run, in evaluation mode.
+
+    Raises:
+        RunError: The folder holds no finished run.
+        ModelError: Its weights do not fit.
+    """
+    if not (folder / "model.json").exists():
+        raise RunError(
+            expected="a finished run", got="no model.json", where=f"{folder}", fix="train it to the end first"
+        )
+    spec = ModelSpec.from_flat(read_json(folder / "model.json"))
+    model = build_detector(spec.model, spec.num_classes)
+    load_weights(model, folder / "model.safetensors")
+    return model.eval(), spec

@@ -1,0 +1,255 @@
+"""Every option of `train.py`, once: name, type, default and help, in groups that are handed over whole."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from typing_extensions import Self
+
+from coco_example.data.augmentation import Level
+from crosskd_assign.distillation import Alignment, Decay
+
+__all__ = [
+    "FREE_ON_RESUME",
+    "Architecture",
+    "Arm",
+    "Backbone",
+    "DataOptions",
+    "MethodOptions",
+    "Metric",
+    "ModelOptions",
+    "Options",
+    "TeacherOptions",
+    "TrainingOptions",
+    "parse_options",
+]
+
+Architecture = Literal["fcos", "retinanet"]
+Backbone = Literal[
+    "small", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"
+]
+Arm = Literal[
+    "one-to-many", "one-to-one", "cross-head", "feature-imitation", "weighted-imitation", "own-head-imitation"
+]
+Metric = Literal["poto", "balanced", "task-aligned", "yolo"]
+
+# A resumed run may differ in these without becoming another run.
+FREE_ON_RESUME = frozenset({"output", "resume", "workers", "log_every", "save_every", "data_path", "teacher"})
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images of a run."""
+
+    data: Annotated[Literal["coco", "demo"], "kind of data set; demo draws scenes into --data-path first"] = "coco"
+    data_path: Annotated[str, "folder with train[2017]/, val[2017]/ and annotations/"] = "data/demo"
+    train_annotations: Annotated[str, "file in annotations/ instead of instances_train[2017].json"] = ""
+    val_annotations: Annotated[str, "file in annotations/ instead of instances_val[2017].json"] = ""
+    augmentation: Annotated[Level, "augmentation of training images"] = "flip"
+    mosaic: Annotated[float, "probability of joining four training images into one"] = 0.0
+    cache: Annotated[bool, "keep decoded images in memory"] = False
+    workers: Annotated[int, "processes that load images"] = 0
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The detector that is trained."""
+
+    architecture: Annotated[Architecture, "detector"] = "fcos"
+    backbone: Annotated[Backbone, "backbone of the detector"] = "small"
+    backbone_weights: Annotated[str, "imagenet for torchvision's weights, or a state dict file; empty: none"] = ""
+    trainable_stages: Annotated[
+        int, "backbone stages to train, of 5, from the last; -1: 3 with weights, all without"
+    ] = -1
+    channels: Annotated[int, "channels of pyramid and head, a multiple of 32; 0: 256, or 64 on the small backbone"] = 0
+    head_convs: Annotated[int, "convolutions of each branch of FCOS's head; 0: 4, or 2 on the small backbone"] = 0
+    size: Annotated[int, "longer side of the images in pixels, to which the detector resizes them"] = 128
+    short_side: Annotated[int, "bound of the shorter side: 800 with --size 1333 is usual on COCO; 0: none"] = 0
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """The trained detectors that a run uses."""
+
+    teacher: Annotated[
+        str, "a run's folder, torchvision:NAME for its COCO weights, or your own python:FILE:FUNCTION"
+    ] = ""
+    inherit: Annotated[bool, "start with the tensors of the teacher's backbone and neck that fit"] = False
+    inherit_from: Annotated[str, "start with those of this detector instead, named as a --teacher is"] = ""
+    teacher_floor: Annotated[float, "refuse a teacher whose AP on validation images is below this"] = 0.01
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """How the detector is trained: its labels, its losses, its distillation."""
+
+    arm: Annotated[Arm, "training method; cross-head is the one of this project"] = "cross-head"
+    auxiliary_head: Annotated[bool, "train a second, one-to-many head beside the student's (DATE, YOLOv10)"] = False
+    detach: Annotated[bool, "with --auxiliary-head: stop the one-to-one losses at the features (YOLOv10)"] = False
+    ranking: Annotated[float, "weight of the one-to-one ranking loss"] = 0.0
+    metric: Annotated[Metric, "preset of the task-aware metric that assigns points to objects"] = "poto"
+    distill_classification: Annotated[float, "weight of the classification term of distillation"] = 1.0
+    distill_box: Annotated[float, "weight of the box term of distillation"] = 1.0
+    distill_quality: Annotated[float, "weight of the quality term of distillation"] = 0.0
+    distill_features: Annotated[float, "weight of feature imitation beside cross-head distillation"] = 0.0
+    distill_warmup: Annotated[float, "share of the run over which the weight of distillation rises from 0"] = 0.0
+    distill_decay: Annotated[Decay, "how the weight of distillation falls to 1 percent over the run"] = "none"
+    imitation: Annotated[float, "weight of feature imitation where it is the arm"] = 1.0
+    alignment: Annotated[Alignment, "how the student's features are aligned to the teacher's"] = "statistics"
+    entry: Annotated[int, "convolutions of the student's head that run before it enters the teacher's (cross-head)"] = 0
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The training loop."""
+
+    epochs: Annotated[int, "passes over the training images"] = 12
+    batch_size: Annotated[int, "images a step on one process"] = 16
+    optimizer: Annotated[Literal["adamw", "sgd"], "optimizer; sgd has a momentum of 0.9"] = "adamw"
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+    weight_decay: Annotated[float, "weight decay of weights; norms and biases have none"] = 1e-4
+    schedule: Annotated[
+        Literal["cosine", "step"], "learning rate over the run; step divides it by 10 after 2/3 and 8/9"
+    ] = "cosine"
+    warmup_steps: Annotated[int, "steps of linear learning-rate warm-up"] = 100
+    max_grad_norm: Annotated[float, "gradient norm to clip at; 0: do not clip"] = 10.0
+    ema: Annotated[float, "decay of an average of the weights, which is then evaluated and saved; 0: none"] = 0.0
+    precision: Annotated[Literal["float32", "bfloat16", "float16"], "autocast precision"] = "float32"
+    channels_last: Annotated[bool, "keep images and weights in channels-last memory format"] = False
+    eval_every: Annotated[int, "epochs between evaluations; 0: only at the end"] = 0
+    save_every: Annotated[int, "steps between checkpoints besides those at the end of each epoch; 0: none"] = 0
+    log_every: Annotated[int, "steps between lines of the log"] = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """One training run. ``max_grad_norm`` is ``--max-grad-norm`` on the command line, and so on in every group."""
+
+    output: Annotated[str, "folder of the run; must be new, empty, or resumed"] = ""
+    resume: Annotated[bool, "continue the run in --output exactly where it stopped"] = False
+    seed: Annotated[int, "random seed"] = 0
+    deterministic: Annotated[bool, "use deterministic algorithms only"] = False
+    dataset: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    teachers: TeacherOptions = field(default_factory=TeacherOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Self:
+        """Build options from values by name, without groups; what is not named has its default."""
+        left = dict(values)
+        groups = {
+            name: kind(**{option.name: left.pop(option.name) for option in fields(kind) if option.name in left})
+            for name, kind in _GROUPS.items()
+        }
+        return cls(**left, **groups)
+
+    def as_flat(self) -> dict[str, Any]:
+        """List all options by name, without groups, as ``config.json`` has them."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat |= value if name in _GROUPS else {name: value}
+        return flat
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """List options that differ from the flat ones of an earlier start and must not when resuming."""
+        then = type(self)().as_flat() | dict(other)  # an option that did not exist then had its default
+        return [
+            f"{name}: {then[name]!r} then, {value!r} now"
+            for name, value in self.as_flat().items()
+            if name not in FREE_ON_RESUME and then[name] != value
+        ]
+
+
+_GROUPS: dict[str, Any] = {
+    "dataset": DataOptions,
+    "model": ModelOptions,
+    "teachers": TeacherOptions,
+    "method": MethodOptions,
+    "training": TrainingOptions,
+}
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Read options from the command line."""
+    # 1. An argument for every option, in the groups of `Options`.
+    parser = argparse.ArgumentParser(
+        description="Train a detector on a COCO folder, one arm a run. With torchrun it runs on several processes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_arguments(parser.add_argument, Options)
+    for name, kind in _GROUPS.items():
+        _add_arguments(parser.add_argument_group(name, kind.__doc__).add_argument, kind)
+
+    # 2. Parse, and refuse what means nothing.
+    options = Options.from_flat(vars(parser.parse_args(arguments)))
+    conflict = _conflict(options)
+    if conflict is not None:
+        parser.error(conflict)
+    return options
+
+
+def _add_arguments(add: Callable[..., Any], kind: type[Any]) -> None:
+    types = get_type_hints(kind, include_extras=True)
+    for option in fields(kind):
+        if option.name in _GROUPS:
+            continue
+        value, text = get_args(types[option.name])
+        flag = _flag(option.name)
+        if value is bool:
+            add(flag, action="store_true", help=text)
+        elif get_origin(value) is Literal:
+            add(flag, choices=get_args(value), default=option.default, help=text)
+        else:
+            add(flag, type=value, default=option.default, help=text, required=option.name == "output")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _conflict(options: Options) -> str | None:
+    """Describe the first option that is out of range or does not go with another."""
+    dataset, teachers, method, flat = options.dataset, options.teachers, options.method, options.as_flat()
+    least = {"epochs": 1, "batch_size": 1, "size": 1, "log_every": 1, "seed": 0}
+    conflicts = [
+        (flat[name] < low, f"expected {_flag(name)} of at least {low}, but got {flat[name]}")
+        for name, low in least.items()
+    ]
+    conflicts += [
+        (
+            not 0 <= method.distill_warmup <= 1,
+            f"expected --distill-warmup in 0…1, but got {method.distill_warmup}",
+        ),
+        (
+            method.detach and not method.auxiliary_head,
+            "expected --auxiliary-head for --detach, but got none",
+        ),
+        (
+            method.detach and method.entry > 0,
+            f"expected --entry 0 with --detach, but got {method.entry}",
+        ),
+        (
+            options.model.short_side > 0 and dataset.augmentation not in ("none", "flip"),
+            "expected --augmentation none or flip with --short-side: the others make squares of --size",
+        ),
+        (
+            teachers.inherit and not teachers.teacher,
+            "expected a --teacher for --inherit, but got none",
+        ),
+        (
+            teachers.inherit and bool(teachers.inherit_from),
+            "expected --inherit or --inherit-from, but got both",
+        ),
+        (
+            dataset.data != "demo" and not Path(dataset.data_path).exists(),
+            f"expected a data set, but got no folder at --data-path {dataset.data_path}",
+        ),
+    ]
+    return next((sentence for wrong, sentence in conflicts if wrong), None)

@@ -1,0 +1,49 @@
+"""Training on several processes, as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from coco_example.engine.metrics_log import read_metrics
+from coco_example.engine.run_folder import load_checkpoint
+from safetensors.torch import load_file
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_train_write_once_stop_together_and_resume(workshop, script, teacher, tmp_path):
+    def start(folder: Path, *more: str) -> Any:
+        options = {"arm": "cross-head", "teacher": teacher, "epochs": 2, "batch_size": 2, "save_every": 5, "ema": 0.9}
+        module = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        return script("train.py", *workshop.arguments(folder, **options), *more, module=module)
+
+    whole = start(tmp_path / "whole")
+    _, errors = whole.communicate()
+    assert whole.returncode == 0, errors
+    lines = [line for line in read_metrics(tmp_path / "whole") if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert errors.count("without NMS") == 1
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["budget"]["images"] == 2 * 24
+
+    stopped = start(tmp_path / "run")
+    while len(read_metrics(tmp_path / "run")) < 4:
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.01)
+    os.kill(stopped.pid, signal.SIGTERM)
+    _, errors = stopped.communicate()
+    assert errors.count("go on with: train.py") == 2
+    assert len(load_checkpoint(tmp_path / "run")["random"]) == 2
+    resumed = start(tmp_path / "run", "--resume")
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    again = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert [line["losses"] for line in again] == [line["losses"] for line in lines]
+    mine, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(mine[name], value) for name, value in expected.items())
