@@ -10,25 +10,22 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from crosskd_assign import (
-    Assignment,
-    Batch,
     CrossHeadDistiller,
     DensePredictions,
     DetectorAdapter,
     EndToEndDetector,
     GridLevel,
-    Target,
     TaskAwareOneToOneAssigner,
-    check_adapter,
 )
-from crosskd_assign.diagnostics import duplicate_report, suppress
+from crosskd_assign.diagnostics import duplicate_report
+from crosskd_assign.postprocessing import suppress
+from crosskd_assign.structures import Assignment, Batch, Target
+from crosskd_assign.testing import check_adapter
 
 STRIDES = (8, 16)
 CLASSES = 3
@@ -39,7 +36,7 @@ SIZE = 64  # pixels
 
 
 class CellDetector(nn.Module):
-    """Every cell of two maps says for each class how likely it is, where a centre lies near it, and how large it is."""
+    """Every cell of two maps predicts a score for each class, and the centre and the size of a box near it."""
 
     def __init__(self, channels: int = 48) -> None:
         super().__init__()
@@ -50,7 +47,7 @@ class CellDetector(nn.Module):
         self.head = nn.Sequential(_block(channels, channels, 1), _block(channels, channels, 1), last)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Maps ``(N, channels, H / stride, W / stride)``."""
+        """Compute maps ``(N, channels, H / stride, W / stride)``."""
         fine = self.stem(images)
         return [fine, self.down(fine)]
 
@@ -64,31 +61,28 @@ def _block(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
 
 
 class CellAdapter(DetectorAdapter):
-    """A `CellDetector` as the library sees it."""
+    """Adapts a `CellDetector` to the library."""
 
     model: CellDetector
 
     def features(self, batch: Batch) -> list[Tensor]:
-        """The maps that the head starts from."""
+        """Compute the maps that the head starts from."""
         return self.model.pyramid(self.normalize(batch))
 
-    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
-        """Class logits, and boxes in pixels."""
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+        """Predict class logits and boxes: a shift of up to one stride from the cell's middle, and a size."""
         levels = [GridLevel.of(x, stride) for x, stride in zip(features, STRIDES, strict=True)]
         out = torch.cat([self.model.head(x).flatten(2).transpose(1, 2) for x in features], dim=1)  # (N, A, 4 + C)
-        raw = DensePredictions.on_grid(out[..., 4:], out[..., :4], levels)
-        stride = raw.strides[:, None]
-        centre = raw.points + (2 * out[..., :2].sigmoid() - 1) * stride
-        size = 2 * stride * out[..., 2:4].clamp(max=4).exp()
-        return replace(raw, boxes=box_convert(torch.cat([centre, size], dim=-1), "cxcywh", "xyxy"))
+        shift, size = 2 * out[..., :2].sigmoid() - 1, 2 * out[..., 2:4].clamp(max=4).exp()
+        return DensePredictions.from_centers(out[..., 4:], torch.cat([shift, size], dim=-1), levels)
 
-    def trunk(self) -> nn.Module:
-        """What `inherit` would copy."""
-        return nn.ModuleList([self.model.stem, self.model.down])
+    def parts(self) -> dict[str, nn.Module]:
+        """Name the modules; `inherit` copies backbone and neck."""
+        return {"backbone": self.model.stem, "neck": self.model.down, "head": self.model.head}
 
 
 def adapted() -> CellAdapter:
-    """A fresh detector in its adapter."""
+    """Build a fresh detector in its adapter."""
     return CellAdapter(CellDetector(), image_mean=(0.3, 0.3, 0.3), image_std=(0.3, 0.3, 0.3), size_divisible=16)
 
 
@@ -96,7 +90,7 @@ def adapted() -> CellAdapter:
 
 
 def draw(count: int, seed: int) -> tuple[list[Tensor], list[Target]]:
-    """Noisy pictures with one to five filled rectangles in the colour of their class, which may hide each other."""
+    """Draw noisy pictures with one to five filled rectangles in the colours of their classes, some behind others."""
     generator = torch.Generator().manual_seed(seed)
     images, targets = [], []
     for _ in range(count):
@@ -126,7 +120,7 @@ class OneToMany(TaskAwareOneToOneAssigner):
 
     @torch.no_grad()
     def __call__(self, predictions: DensePredictions, targets: Sequence[Target]) -> Assignment:
-        """Pairs of all images."""
+        """Pair points and boxes of all images."""
         pairs = []
         for i, target in enumerate(targets):
             boxes, points = target["boxes"], predictions.points
@@ -142,7 +136,7 @@ class OneToMany(TaskAwareOneToOneAssigner):
 
 
 def train(trainee: nn.Module, data: tuple[list[Tensor], list[Target]], steps: int, name: str) -> float:
-    """A plain training loop; returns the mean loss of the last tenth, over that of the first."""
+    """Train in a plain loop; return the mean loss of the last tenth, over that of the first."""
     optimizer = torch.optim.AdamW([p for p in trainee.parameters() if p.requires_grad], lr=4e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history: list[float] = []
@@ -163,7 +157,7 @@ def train(trainee: nn.Module, data: tuple[list[Tensor], list[Target]], steps: in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the script."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="of each of the two trainings (500)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (0)")
@@ -181,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     teacher = EndToEndDetector(adapted(), assigner=OneToMany(), score_threshold=0.2)
     fell = [train(teacher, training, options.steps, "teacher")]
 
-    print("3. A student learns one to one, with the teacher's head judging its features")
+    print("3. A student learns one to one, with the help of the teacher's head")
     distiller = CrossHeadDistiller(EndToEndDetector(adapted(), score_threshold=0.2), teacher.adapter)
     fell.append(train(distiller, training, options.steps, "student"))
 

@@ -1,4 +1,4 @@
-"""Make somebody else's detector NMS-free on a COCO-format folder: a short run that shows how, and what comes of it.
+"""Make a detector of another package NMS-free on a COCO-format folder: a short run, and the scores it reaches.
 
 python examples/third_party/distill.py --detector yolov8n --data-path bccd --size 192 --teacher-steps 600 --steps 600
 
@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "coco"))
 
-from arms import Arm
-from coco_data import CocoDataset, ResumableSampler, augmentation, collate
-from coco_reader import CocoIndex, locate_split, read_coco
-from evaluate import evaluate, table
+from coco_example.data.augmentation import augmentation
+from coco_example.data.dataset import CocoDataset, collate
+from coco_example.data.reader import CocoIndex, locate_split, read_coco
+from coco_example.data.sampler import ResumableSampler
+from coco_example.evaluation.evaluation import Detector, evaluate, table
 
-from crosskd_assign import CrossHeadDistiller, DetectorAdapter, Target
+from crosskd_assign import CrossHeadDistiller, DetectorAdapter
+from crosskd_assign.structures import Target
 
 __all__ = ["DETECTORS", "TRAINED", "batches", "main", "run", "train"]
 
@@ -44,7 +46,7 @@ Loss = Callable[[Sequence[Tensor], Sequence[Target]], Mapping[str, Tensor]]
 
 
 def batches(index: CocoIndex, channels: Mapping[int, int], *, size: int, batch_size: int, seed: int = 0) -> Batches:
-    """Endless batches of flipped images, their longer side ``size`` pixels.
+    """Draw endless batches of flipped images, their longer side ``size`` pixels.
 
     Args:
         index: Images and boxes.
@@ -61,13 +63,13 @@ def batches(index: CocoIndex, channels: Mapping[int, int], *, size: int, batch_s
 
 
 def train(module: nn.Module, loss: Loss, data: Batches, *, steps: int, lr: float) -> list[dict[str, float]]:
-    """A plain training loop with one cycle of the learning rate.
+    """Train in a plain loop with one cycle of the learning rate.
 
     Args:
-        module: Whose parameters are trained.
-        loss: Gives the terms to be summed.
+        module: The module whose parameters are trained.
+        loss: Returns the terms to be summed.
         data: Batches.
-        steps: How many.
+        steps: Optimizer steps.
         lr: Peak learning rate of AdamW.
 
     Returns:
@@ -97,7 +99,7 @@ def _mean(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train a teacher and a student, and print what came of it."""
+    """Train a teacher and a student, and print their scores."""
     torch.manual_seed(options.seed)
     index = read_coco(*locate_split(options.data_path, "train", options.train_annotations))
     val = read_coco(*locate_split(options.data_path, "val", options.val_annotations))
@@ -120,7 +122,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"{name}: {first:.3f} in the first {tenth} steps, {_mean(history[-tenth:])[name]:.3f} in the last")
     rows = []
     for name, adapter in (("teacher", teacher), ("student", student)):
-        scores = evaluate(Arm(adapter, adapter, one_to_many=name == "teacher"), val, label_to_category=categories)
+        scores = evaluate(
+            Detector(adapter, "class_quality" if name == "teacher" else "class"), val, label_to_category=categories
+        )
         rows += [(f"{name}, without NMS", scores.plain, scores.duplicates)]
         rows += [(f"{name}, with NMS", scores.nms, scores.duplicates_nms)]
     print(table(rows))
@@ -129,7 +133,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the script."""
+    """Run the command."""
     options = _options(arguments)
     try:
         run(options)
@@ -142,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _teacher_and_student(
     options: argparse.Namespace, index: CocoIndex
 ) -> tuple[DetectorAdapter, DetectorAdapter, dict[int, int]]:
-    """Two detectors, and the COCO category of each of their class channels."""
+    """Build two detectors, and list the COCO category of each of their class channels."""
     if options.detector in TRAINED:
         load = getattr(import_module("nanodet_yolox"), TRAINED[options.detector])
         (teacher, categories), (student, _) = load(options.size), load(options.size)
@@ -171,7 +175,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="first weights of the student; nanodet and yolox always have COCO's",
     )
     parser.add_argument(
-        "--distillation", type=float, default=1.0, help="weight of what the teacher says; 0: one-to-one alone"
+        "--distillation", type=float, default=1.0, help="weight of the distillation losses; 0: one-to-one alone"
     )
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of distillation (0.001)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")

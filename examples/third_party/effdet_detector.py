@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from shared import ResizingAdapter
 from torch import Tensor, nn
 
-from crosskd_assign import Batch, DensePredictions, GridLevel, Target
+from crosskd_assign import DensePredictions, GridLevel, ResizingAdapter
+from crosskd_assign.structures import Batch, Target
 
 __all__ = ["EfficientDetAdapter", "build", "own_loss"]
 
@@ -40,31 +40,32 @@ class EfficientDetAdapter(ResizingAdapter):
         ]
 
     def features(self, batch: Batch) -> list[Tensor]:
-        """Backbone and BiFPN, which is told the size of this batch, and then its own again."""
-        self._fit(batch.images.shape[-2:])
+        """Run backbone and BiFPN; the latter is set to the size of this batch, and then to its own again."""
+        self._fit(batch.image_size)
         maps: list[Tensor] = self.model.fpn(self.model.backbone(self.normalize(batch)))
         self._fit(self.model.config.image_size)
         return maps
 
-    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
-        """Class and box network, and the package's own anchors and box coding."""
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+        """Run class and box network; boxes by the package's own coding, which bounds no size, unlike `from_anchors`."""
         from effdet.anchors import decode_box_outputs  # noqa: PLC0415  # the adapter can be read without the package
 
-        config, size = self.model.config, batch.images.shape[-2:]
+        config = self.model.config
         logits = _flat(self.model.class_net(features), config.num_classes)
         codes = _flat(self.model.box_net(features), 4).float()
-        anchors = _anchors(config, size).boxes.to(codes)
+        anchors = _anchors(config, image_size).boxes.to(codes)
         boxes = torch.stack([decode_box_outputs(code, anchors, output_xyxy=True) for code in codes])
         each = config.num_scales * len(config.aspect_ratios)
-        levels = [_grid(x, size, 2.0 ** (config.min_level + i), each) for i, x in enumerate(features)]
+        levels = [_grid(x, image_size, 2.0 ** (config.min_level + i), each) for i, x in enumerate(features)]
         return DensePredictions.on_grid(logits, boxes, levels)
 
-    def trunk(self) -> nn.Module:
-        """Backbone and BiFPN."""
-        return nn.ModuleList([self.model.backbone, self.model.fpn])
+    def parts(self) -> dict[str, nn.Module]:
+        """Name backbone, BiFPN, and both networks of the head."""
+        model = self.model
+        return {"backbone": model.backbone, "neck": model.fpn, "head": nn.ModuleList([model.class_net, model.box_net])}
 
     def _map_sizes(self, size: Sequence[int]) -> list[tuple[int, int]]:
-        """Sizes of maps for images of ``(height, width)``, halved 0, 1, 2, … times."""
+        """Compute the sizes of maps for images of ``(height, width)``, halved 0, 1, 2, … times."""
         height, width = size
         return [(-(-height // 2**n), -(-width // 2**n)) for n in range(self.model.config.max_level + 1)]
 
@@ -75,7 +76,7 @@ class EfficientDetAdapter(ResizingAdapter):
 
 
 def _flat(maps: Sequence[Tensor], width: int) -> Tensor:
-    """Maps ``(N, anchors · width, H, W)`` as ``(N, A, width)``, row by row, the anchors of a cell together."""
+    """Flatten maps ``(N, anchors · width, H, W)`` to ``(N, A, width)``, row by row, the anchors of a cell together."""
     return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps], dim=1)
 
 
@@ -86,7 +87,7 @@ def _grid(x: Tensor, image: Sequence[int], stride: float, anchors: int) -> GridL
 
 
 def _anchors(config: Any, size: Sequence[int]) -> Any:
-    """The package's anchors for images of ``(height, width)``."""
+    """Make the package's anchors for images of ``(height, width)``."""
     from effdet.anchors import Anchors  # noqa: PLC0415
 
     options = (config.num_scales, config.aspect_ratios, config.anchor_scale)
@@ -94,7 +95,7 @@ def _anchors(config: Any, size: Sequence[int]) -> Any:
 
 
 def build(classes: int, *, name: str = "tf_efficientdet_lite0", size: int = 0) -> EfficientDetAdapter:
-    """A fresh network of the package, without weights."""
+    """Build a fresh network of the package, without weights."""
     from effdet import create_model  # noqa: PLC0415
 
     network = create_model(name, num_classes=classes, pretrained_backbone=False)
@@ -102,15 +103,15 @@ def build(classes: int, *, name: str = "tf_efficientdet_lite0", size: int = 0) -
 
 
 def own_loss(adapter: EfficientDetAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
-    """The package's own one-to-many training loss."""
+    """Compute the package's own one-to-many training loss."""
     from effdet.anchors import AnchorLabeler  # noqa: PLC0415
     from effdet.loss import DetectionLoss  # noqa: PLC0415
 
     batch, moved = adapter.preprocess(images, targets)
     model, features = adapter.model, adapter.features(batch)
-    labeler = AnchorLabeler(_anchors(model.config, batch.images.shape[-2:]), model.config.num_classes)
-    boxes = [target["boxes"][:, [1, 0, 3, 2]] for target in moved or []]
-    classes = [target["labels"] + 1 for target in moved or []]  # here the package counts from 1
+    labeler = AnchorLabeler(_anchors(model.config, batch.image_size), model.config.num_classes)
+    boxes = [target["boxes"][:, [1, 0, 3, 2]] for target in moved if target]
+    classes = [target["labels"] + 1 for target in moved if target]  # here the package counts from 1
     loss: Tensor
     loss, _, _ = DetectionLoss(model.config)(
         model.class_net(features), model.box_net(features), *labeler.batch_label_anchors(boxes, classes)

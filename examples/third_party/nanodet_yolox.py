@@ -18,18 +18,22 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shared import ResizingAdapter, boxes_from_sides, mean_of_bins, points_and_strides
 from torch import Tensor, nn
 
-from crosskd_assign import Batch, DensePredictions, DetectorAdapter, GridLevel, functional
+from crosskd_assign import DensePredictions, DetectorAdapter, GridLevel, ResizingAdapter, functional
+from crosskd_assign.structures import Batch
 
 __all__ = ["NanoDetAdapter", "YOLOXAdapter", "nanodet_m", "yolox_nano"]
 
 STRIDES = (8, 16, 32)
-NORMALISATION = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}  # torchvision's
+NORMALISATION: dict[str, Any] = {
+    "image_mean": (0.485, 0.456, 0.406),
+    "image_std": (0.229, 0.224, 0.225),
+}  # torchvision's
 
 # COCO numbers its 80 classes from 1 to 90; these numbers it never used.
 _UNUSED = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
@@ -40,7 +44,7 @@ class NanoDetAdapter(ResizingAdapter):
     """Three levels of 96 channels; class logits and, for each side of the box, a distribution over 0…7 strides."""
 
     def features(self, batch: Batch) -> list[Tensor]:
-        """The pyramid, which the network computes in the middle of its ``forward``: down from coarse, then up again."""
+        """Compute the pyramid as the network does in the middle of its ``forward``: down from coarse, then up again."""
         maps = self.model.backbone(self.normalize(batch))
         down = [lateral(x) for lateral, x in zip(self.model.lateral, maps, strict=True)]
         for i in (1, 0):
@@ -50,42 +54,49 @@ class NanoDetAdapter(ResizingAdapter):
             up.append(x + _like(up[-1], x))
         return up
 
-    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
-        """Towers and outputs of each level; a distance is the mean of its distribution."""
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+        """Run tower and output of each level."""
         branches = zip(self.model.cls_convs, self.model.gfl, features, strict=True)
         out = torch.cat([output(tower(x)).flatten(2) for tower, output, x in branches], dim=2)  # (N, 80 + 4 · 8, A)
         logits, bins = out[:, : self.model.nc].transpose(1, 2), out[:, self.model.nc :]
         bins = bins.reshape(len(bins), 4, -1, bins.shape[2]).permute(0, 3, 1, 2)  # (N, A, 4, 8)
-        levels = [GridLevel.of(x, stride) for x, stride in zip(features, STRIDES, strict=True)]
-        points, strides = points_and_strides(levels, out.device)
-        boxes = boxes_from_sides(points, mean_of_bins(bins) * strides)
-        return DensePredictions.on_grid(logits, boxes, levels, distribution=bins)
+        return DensePredictions.from_bins(logits, bins, _grid(features))
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Name backbone, lateral convolutions, and towers with outputs."""
+        model = self.model
+        head = nn.ModuleList([model.cls_convs, model.gfl])
+        return {"backbone": model.backbone, "neck": model.lateral, "head": head}
 
 
 class YOLOXAdapter(ResizingAdapter):
     """Three levels of 64, 128 and 256 channels; its score is class · objectness, here as one logit of the product."""
 
     def features(self, batch: Batch) -> list[Tensor]:
-        """The pyramid; this network has a method for it."""
+        """Compute the pyramid; this network has a method for it."""
         maps: list[Tensor] = self.model.features(self.normalize(batch))
         return maps
 
-    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
-        """Stem and two towers a level; boxes are a shift of the cell's corner and the logarithm of their size."""
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+        """Run stem and both towers of each level; boxes are a shift of the cell's corner and logarithms of sizes."""
         logits, codes = [], []
         for i, feature in enumerate(features):
             x = self.model.hs[i](feature)
             classes, boxes = self.model.cc[i](x), self.model.rc[i](x)
-            score = functional.product_logits(self.model.cp[i](classes), self.model.op[i](boxes))
-            logits.append(score.flatten(2).transpose(1, 2))
-            codes.append(self.model.rp[i](boxes).flatten(2).transpose(1, 2))
-        levels = [GridLevel.of(x, stride) for x, stride in zip(features, STRIDES, strict=True)]
-        points, strides = points_and_strides(levels, features[0].device)
-        code = torch.cat(codes, dim=1).float()  # (N, A, 4)
-        centre = points + (code[..., :2] - 0.5) * strides  # points are the middles of cells, shifts count from corners
-        half = code[..., 2:].exp() * strides / 2
-        boxes = torch.cat([centre - half, centre + half], dim=-1)
-        return DensePredictions.on_grid(torch.cat(logits, dim=1), boxes, levels)
+            logits.append(functional.product_logits(self.model.cp[i](classes), self.model.op[i](boxes)).flatten(2))
+            codes.append(self.model.rp[i](boxes).flatten(2))
+        code = torch.cat(codes, dim=2).transpose(1, 2).float()  # (N, A, 4)
+        centers = torch.cat([code[..., :2] - 0.5, code[..., 2:].exp()], dim=-1)  # the point is the middle of the cell
+        return DensePredictions.from_centers(torch.cat(logits, dim=2).transpose(1, 2), centers, _grid(features))
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Name all modules of the network."""
+        names = {"backbone": "stem d2 d3 d4 d5", "neck": "lat0 p4 red1 p3 bu2 n3 bu1 n4", "head": "hs cc rc cp op rp"}
+        return {part: nn.ModuleList(getattr(self.model, x) for x in of.split()) for part, of in names.items()}
+
+
+def _grid(features: list[Tensor]) -> list[GridLevel]:
+    return [GridLevel.of(x, stride) for x, stride in zip(features, STRIDES, strict=True)]
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
@@ -93,17 +104,17 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 
 def nanodet_m(size: int = 320) -> tuple[DetectorAdapter, dict[int, int]]:
-    """NanoDet-m with its COCO weights, and the COCO category of each of its labels."""
+    """Load NanoDet-m with its COCO weights, and the COCO category of each of its labels."""
     return NanoDetAdapter(_network("NanoDetM", "nanodet_m_coco.pth"), size=size, **NORMALISATION), COCO_CATEGORIES
 
 
 def yolox_nano(size: int = 416) -> tuple[DetectorAdapter, dict[int, int]]:
-    """YOLOX-nano with its COCO weights, and the COCO category of each of its labels."""
+    """Load YOLOX-nano with its COCO weights, and the COCO category of each of its labels."""
     return YOLOXAdapter(_network("YOLOXNano", "yolox_nano_coco.pth"), size=size, **NORMALISATION), COCO_CATEGORIES
 
 
 def _network(name: str, weights: str) -> nn.Module:
-    """A network of ``coco_detectors.py`` with its weights."""
+    """Load a network of ``coco_detectors.py`` with its weights."""
     folder = Path(os.environ.get("COCO_DETECTORS", "."))
     spec = importlib.util.spec_from_file_location("coco_detectors", folder / "coco_detectors.py")
     if spec is None or spec.loader is None or not (folder / weights).is_file():

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from shared import ResizingAdapter, boxes_from_sides, mean_of_bins, points_and_strides
 from torch import Tensor, nn
 
-from crosskd_assign import Batch, DensePredictions, GridLevel, Target
+from crosskd_assign import DensePredictions, GridLevel, ResizingAdapter
+from crosskd_assign.structures import Batch, Target
 
 __all__ = ["YOLOAdapter", "build", "own_loss"]
 
@@ -38,35 +38,33 @@ class YOLOAdapter(ResizingAdapter):
         self.branch = branch
 
     def features(self, batch: Batch) -> list[Tensor]:
-        """Every layer but the last; each names the layers it reads, -1 for the one before it."""
+        """Run every layer but the last; each names the layers it reads, -1 for the one before it."""
         *layers, detect = self.model.model
-        maps = [self.normalize(batch)]  # maps[i + 1] is what layer i gives
+        maps = [self.normalize(batch)]  # maps[i + 1] is the output of layer i
         for layer in layers:
             inputs = _chosen(maps, layer.f)
             maps.append(layer(inputs[0] if isinstance(layer.f, int) else inputs))
         return _chosen(maps, detect.f)
 
-    def head(self, features: list[Tensor], batch: Batch) -> DensePredictions:
-        """The two branches of the last layer, which its own ``forward`` would join, and decode in evaluation alone."""
-        detect = self.model.model[-1]
-        box_branch, class_branch = self._branches(self.branch)
-        code = torch.cat([f(x).flatten(2) for f, x in zip(box_branch, features, strict=True)], dim=2)
-        logits = torch.cat([f(x).flatten(2) for f, x in zip(class_branch, features, strict=True)], dim=2)
-        bins = code.reshape(len(code), 4, -1, code.shape[2]).permute(0, 3, 1, 2)  # (N, A, 4, R)
-        levels = [GridLevel.of(x, s) for x, s in zip(features, detect.stride.tolist(), strict=True)]
-        points, strides = points_and_strides(levels, code.device)
-        single = bins.shape[-1] == 1  # no bins, but the distance itself
-        sides = (bins.float().squeeze(-1) if single else mean_of_bins(bins)) * strides
-        boxes = boxes_from_sides(points, sides)
-        return DensePredictions.on_grid(logits.transpose(1, 2), boxes, levels, distribution=None if single else bins)
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+        """Run the two branches of the last layer, which its own ``forward`` decodes in evaluation mode alone."""
+        sides, classes = (
+            torch.cat([f(x).flatten(2) for f, x in zip(branch, features, strict=True)], dim=2).transpose(1, 2)
+            for branch in self._branches(self.branch)
+        )
+        strides = self.model.model[-1].stride.tolist()
+        levels = [GridLevel.of(x, stride) for x, stride in zip(features, strides, strict=True)]
+        if sides.shape[2] == 4:  # no bins, but the distance itself
+            return DensePredictions.from_sides(classes, sides, levels)
+        return DensePredictions.from_bins(classes, sides.reshape(*sides.shape[:2], 4, -1), levels)
 
-    def trunk(self) -> nn.Module:
-        """Every layer but the last."""
-        layers: nn.Module = self.model.model[:-1]
-        return layers
+    def parts(self) -> dict[str, nn.Module]:
+        """Name the layers of the backbone, as the network's description counts them, of the neck, and the last one."""
+        layers, n = self.model.model, len(self.model.yaml["backbone"])
+        return {"backbone": layers[:n], "neck": layers[n:-1], "head": layers[-1]}
 
     def unused_parameters(self) -> Iterable[nn.Parameter]:
-        """The constants of the package's own decoding, and the other head of networks that have two."""
+        """List the constants of the package's own decoding, and the other head of networks that have two."""
         detect = self.model.model[-1]
         unused = [*detect.dfl.parameters()]
         if hasattr(detect, "one2one_cv2"):
@@ -75,39 +73,40 @@ class YOLOAdapter(ResizingAdapter):
         return unused
 
     def _branches(self, branch: Branch) -> tuple[nn.ModuleList, nn.ModuleList]:
-        """Box and class branch: one module a level each."""
+        """Find box and class branch: one module a level each."""
         prefix = "one2one_" if branch == "one-to-one" else ""
         detect = self.model.model[-1]
         return getattr(detect, f"{prefix}cv2"), getattr(detect, f"{prefix}cv3")
 
 
 def _chosen(maps: Sequence[Any], layers: int | Sequence[int]) -> list[Any]:
-    """Outputs of layers, by number; -1 is the last there is."""
+    """Choose outputs of layers, by number; -1 is the last there is."""
     return [maps[-1] if i == -1 else maps[i + 1] for i in ([layers] if isinstance(layers, int) else layers)]
 
 
 def build(classes: int, *, name: str = "yolov8n", branch: Branch = "one-to-many", size: int = 0) -> YOLOAdapter:
-    """A fresh network from one of the package's own descriptions, such as "yolov8n", "yolo11n" or "yolo26n"."""
+    """Build a fresh network from one of the package's own descriptions, such as "yolov8n", "yolo11n" or "yolo26n"."""
     from ultralytics.nn.tasks import DetectionModel  # noqa: PLC0415  # AGPL; only if you want it
 
     return YOLOAdapter(DetectionModel(f"{name}.yaml", nc=classes, verbose=False), branch=branch, size=size)
 
 
 def own_loss(adapter: YOLOAdapter, images: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
-    """The package's own training loss, one-to-many (where there are two heads: of both)."""
+    """Compute the package's own training loss, one-to-many (where there are two heads: of both)."""
     from ultralytics.cfg import get_cfg  # noqa: PLC0415  # AGPL; only if you want it
 
     batch, moved = adapter.preprocess(images, targets)
-    height, width = batch.images.shape[-2:]
-    boxes = torch.cat([target["boxes"] for target in moved or []])
+    height, width = batch.image_size
+    given = [target for target in moved if target]
+    boxes = torch.cat([target["boxes"] for target in given])
     centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     if not hasattr(adapter.model, "args"):
         adapter.model.args = get_cfg()  # the loss reads its weights there
     losses, _ = adapter.model.loss(
         {
             "img": batch.images,
-            "batch_idx": torch.cat([torch.full((len(t["labels"]),), float(i)) for i, t in enumerate(moved or [])]),
-            "cls": torch.cat([target["labels"] for target in moved or []])[:, None].float(),
+            "batch_idx": torch.cat([torch.full((len(t["labels"]),), float(i)) for i, t in enumerate(given)]),
+            "cls": torch.cat([target["labels"] for target in given])[:, None].float(),
             "bboxes": torch.cat([centres, extents], dim=1) / boxes.new_tensor([width, height, width, height]),
         }
     )

@@ -73,7 +73,7 @@ def make_detector(name: str) -> DetectorAdapter:
 
 
 def awake(adapter: DetectorAdapter) -> DetectorAdapter:
-    """Measures the batch-norms of a fresh network once: with those it is built with, every point says the same."""
+    """Measures the batch-norms of a fresh network once: with those it is built with, all points predict the same."""
     norms = [module for module in adapter.modules() if isinstance(module, nn.BatchNorm2d)]
     if any(int(norm.num_batches_tracked) for norm in norms if norm.num_batches_tracked is not None):
         return adapter
@@ -82,7 +82,7 @@ def awake(adapter: DetectorAdapter) -> DetectorAdapter:
         norm.momentum = 1.0
     batch, _ = adapter.train().preprocess(torch.rand(4, 3, SIZE, SIZE))
     with torch.no_grad():
-        adapter.head(adapter.features(batch), batch)
+        adapter.head(adapter.features(batch), batch.image_size)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return adapter

@@ -9,9 +9,9 @@ import torch
 from ssdlite_detector import SSDLiteAdapter, sigmoid_logits
 from torch import Tensor
 
-from crosskd_assign import Batch, DensePredictions, DetectorAdapter, EndToEndDetector
-from crosskd_assign.diagnostics import suppress
-from crosskd_assign.end_to_end import top_detections
+from crosskd_assign import DensePredictions, DetectorAdapter, EndToEndDetector
+from crosskd_assign.postprocessing import suppress, top_detections
+from crosskd_assign.structures import Batch
 from tests.third_party.makers import CLASSES, SIZE, make_detector
 
 
@@ -22,7 +22,7 @@ def built(name: str) -> DetectorAdapter:
 @torch.no_grad()
 def predicted(adapter: DetectorAdapter, images: Tensor) -> tuple[DensePredictions, Batch]:
     batch, _ = adapter.preprocess(images)
-    return adapter.head(adapter.features(batch), batch), batch
+    return adapter.head(adapter.features(batch), batch.image_size), batch
 
 
 def pixels(height: int = SIZE, width: int = SIZE) -> Tensor:
@@ -34,7 +34,7 @@ def pixels(height: int = SIZE, width: int = SIZE) -> Tensor:
 
 @pytest.mark.parametrize("size", [(96, 96), (64, 160)])
 @pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n"])
-def test_yolo_predicts_what_its_own_inference_says(name, size):
+def test_yolo_predicts_what_its_own_inference_predicts(name, size):
     adapter = built(name)
     images = pixels(*size)
     mine, _ = predicted(adapter, images)
@@ -67,7 +67,7 @@ def test_a_student_in_the_one_to_one_branch_detects_the_same_through_the_package
 
 
 @pytest.mark.parametrize("size", [(128, 128), (160, 192)])
-def test_efficientdet_detects_what_its_own_predict_bench_says_at_any_size(size):
+def test_efficientdet_detects_what_its_own_predict_bench_detects_at_any_size(size):
     effdet = pytest.importorskip("effdet")
     adapter = built("effdet")  # built for 320 × 320
     own = effdet.create_model("tf_efficientdet_lite0", num_classes=CLASSES, pretrained_backbone=False, image_size=size)
@@ -97,7 +97,7 @@ def test_efficientdet_is_left_as_it_was_built():
 # --- torchvision's SSDlite --------------------------------------------------------------------------------------------
 
 
-def test_ssdlite_detects_what_its_own_inference_says():
+def test_ssdlite_detects_what_its_own_inference_detects():
     adapter = built("ssdlite")
     assert isinstance(adapter, SSDLiteAdapter)
     model = adapter.model
@@ -132,7 +132,7 @@ def test_sigmoids_of_the_logits_are_the_softmax_with_finite_gradients(spread):
 
 
 @pytest.mark.parametrize("name", ["nanodet", "yolox"])
-def test_trained_detectors_predict_what_their_own_decoding_says(name):
+def test_trained_detectors_predict_what_their_own_decoding_gives(name):
     adapter = built(name)
     images = pixels(96, 128)
     mine, batch = predicted(adapter, images)

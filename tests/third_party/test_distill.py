@@ -7,8 +7,8 @@ import sys
 import distill
 import pytest
 import torch
-from coco_reader import locate_split, read_coco
-from scenes import write_scenes
+from coco_example.data.reader import locate_split, read_coco
+from coco_example.data.scenes import write_scenes
 
 from tests.third_party.makers import MAKERS
 
@@ -21,7 +21,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("start", ["teacher", "fresh"])
 @pytest.mark.parametrize("detector", ["ssdlite", "effdet", "yolov8n", "yolo26n"])
-def test_a_short_run_says_what_came_of_it_and_saves_a_network_of_its_package(detector, start, data, tmp_path, capsys):
+def test_a_short_run_prints_its_scores_and_saves_a_network_of_its_package(detector, start, data, tmp_path, capsys):
     MAKERS[detector]()  # skips what is not installed
     output = tmp_path / "student.pt"
     arguments = ["--data-path", str(data), "--size", "64", "--batch-size", "4", "--steps", "2", "--teacher-steps", "2"]
