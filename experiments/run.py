@@ -1,0 +1,265 @@
+"""Train every variant of a study and record its scores. Recorded runs are skipped, so short sessions add up.
+
+python experiments/run.py --data-root ../shared/data --study main --sets bccd pcb --seeds 0 1 2 --jobs 2
+
+Each finished run is one line of ``experiments/runs.jsonl``. A run that was killed is resumed. Options are chosen with
+``--split tune``, which holds out a quarter of the training images; ``--split final`` scores on the validation images.
+``plan.py`` explains the names of variants; ``tables.py`` turns the lines into tables and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from plan import SETS, STUDIES, Option, PlanError, Run, planned, variant
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "examples" / "coco"
+sys.path.insert(0, str(SCRIPTS))
+
+from coco_example.data.scenes import write_scenes  # noqa: E402  # found by the path above
+
+RESULTS = ROOT / "experiments" / "runs.jsonl"
+HELD_OUT = 0.25  # share of the training images that --split tune scores on
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return the number of runs that failed, 9 at most, as the exit code."""
+    # 1. Read the options.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data-root", type=Path, default=Path("../shared/data"), help="folder that holds the data sets"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder to keep the runs in")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to read and append to")
+    studies = f"studies ({', '.join(STUDIES)}) or variants, such as cross-head-large-inherit-decay-2x"
+    parser.add_argument("--study", nargs="+", default=["main"], type=_study, metavar="NAME", help=studies)
+    parser.add_argument("--sets", nargs="+", default=["bccd"], choices=list(SETS), help="data sets")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds")
+    parser.add_argument("--split", choices=("tune", "final"), default="final", help="images to score on")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at once, each on one thread")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs that are left, and stop")
+    options = parser.parse_args(arguments)
+    # 2. Plan the runs, and leave out those that are recorded.
+    runs = list(
+        dict.fromkeys(r for name in options.study for r in planned(name, options.sets, options.split, options.seeds))
+    )
+    runner = Runner(options.data_root.resolve(), options.work.resolve(), options.results.resolve())
+    left = runner.left(runs)
+    print(f"{len(runs)} runs planned, {len(runs) - len(left)} recorded, {len(left)} left")
+    if options.dry_run:
+        print("\n".join(run.key for run in left))
+        return 0
+    # 3. Train the others.
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = list(pool.map(runner.execute, left))
+    return min(9, done.count(False))
+
+
+def _study(name: str) -> str:
+    """Check the name of a study or of a variant, for argparse."""
+    if name not in STUDIES:
+        try:
+            variant(name)
+        except PlanError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+class Runner:
+    """Train runs, several at once, and record them.
+
+    Args:
+        data_root: Folder that holds the data sets.
+        work: Folder to keep the runs in.
+        results: File of JSON lines, one a finished run.
+    """
+
+    def __init__(self, data_root: Path, work: Path, results: Path) -> None:
+        self.data_root, self.work, self.results = data_root, work, results
+        self.lock = threading.Lock()
+        self.finished: dict[Run, threading.Event] = {}
+        lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+        self.lines: dict[str, dict[str, Any]] = {line["run"]: line for line in map(json.loads, lines)}
+
+    def left(self, runs: Sequence[Run]) -> list[Run]:
+        """List the runs that are not recorded, and recorded ones that these need and whose weights are gone."""
+        missing = [run for run in runs if not self._recorded(run)]
+        needed = {need for run in missing for need in run.needs}
+        return [run for run in runs if run in missing or (run in needed and not self._has_weights(run))]
+
+    def _recorded(self, run: Run) -> bool:
+        line = self.lines.get(run.key)
+        if line is not None and line["options"] != run.options:
+            error = PlanError(
+                expected=f"{run.key} with the options {run.options}",
+                got=str(line["options"]),
+                where=str(self.results),
+                fix="give the variant another name, or remove its lines",
+            )
+            raise SystemExit(str(error))
+        return run.key in self.lines
+
+    def _has_weights(self, run: Run) -> bool:
+        return (self.work / run.key / "model.json").exists()
+
+    def execute(self, run: Run) -> bool:
+        """Train, score and record a run, after those it needs; return whether it succeeded."""
+        with self.lock:
+            done = self.finished.setdefault(run, threading.Event())
+        try:
+            # 1. Wait for the runs it needs.
+            for need in run.needs:
+                while not self._has_weights(need):
+                    with self.lock:
+                        event = self.finished.setdefault(need, threading.Event())
+                    if event.is_set():
+                        print(f"skipped {run.key}: {need.key} failed", flush=True)
+                        return False
+                    event.wait(1.0)
+            # 2. Train, and wake the runs that wait for this one.
+            return self._train(run)
+        finally:
+            done.set()
+
+    def _train(self, run: Run) -> bool:
+        """Train, score and record a run whose needs are there; return whether it succeeded."""
+        # 1. Resume an interrupted run; one without a checkpoint starts again in an empty folder.
+        folder = self.work / run.key
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        resume = (folder / "last.pt").exists()
+        if not resume and folder.exists():
+            for leftover in folder.iterdir():
+                leftover.unlink()
+        # 2. Train.
+        command = [str(SCRIPTS / "train.py"), "--output", str(folder), *self._flags(run.options)]
+        command += ["--data-path", str(self._data(run)), "--log-every", "100"]
+        if run.teacher is not None:
+            command += ["--teacher", str(self.work / run.teacher.key)]
+        if run.origin is not None:
+            command += ["--inherit-from", str(self.work / run.origin.key)]
+        begun = time.time()
+        code, seconds, memory = self._call(command + (["--resume"] if resume else []), folder.with_suffix(".log"))
+        print(f"{run.key}: exit {code} after {time.time() - begun:.0f} s", flush=True)
+        if code != 0:
+            print(folder.with_suffix(".log").read_text(encoding="utf-8")[-2000:], flush=True)
+            return False
+        # 3. Read the scores, and score what only baselines need.
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        line = {
+            "run": run.key,
+            **asdict(run),
+            "options": run.options,
+            "scores": _rounded(summary["scores"]),
+            # unknown of a resumed run, which was measured in its last part only
+            "cpu_seconds": None if resume else round(seconds, 1),
+            "memory_mb": round(memory, 1),
+            "environment": summary["environment"],
+        }
+        if run.options["arm"] == "one-to-many":
+            # On small objects centerness can cost it several AP: the baseline is the better of the two.
+            line["scores_by_class_alone"] = self._scores(run, folder, "val", "--class-score")
+            line["scores_on_training_images"] = self._scores(run, folder, "train")
+        # 4. Record the run, unless it is there and was trained again for its weights.
+        with self.lock:
+            if run.key not in self.lines:
+                self.lines[run.key] = line
+                self.results.parent.mkdir(parents=True, exist_ok=True)
+                with self.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+        return True
+
+    def _scores(self, run: Run, folder: Path, split: str, *flags: str) -> dict[str, float] | None:
+        """Score a finished run with `evaluate.py`; None if that fails."""
+        output = folder / f"scores_{split}.json"
+        command = [str(SCRIPTS / "evaluate.py"), "--run", str(folder), "--data-path", str(self._data(run)), *flags]
+        command += ["--split", split, "--output", str(output)]
+        annotations = run.options.get(f"{split}_annotations")
+        code, _, _ = self._call(
+            command + (["--annotations", str(annotations)] if annotations else []), output.with_suffix(".log")
+        )
+        scores: dict[str, float] | None = None
+        if code == 0:
+            scores = _rounded(json.loads(output.read_text(encoding="utf-8"))["scores"])
+        return scores
+
+    def _call(self, command: list[str], log: Path) -> tuple[int, float, float]:
+        """Run a script on one thread; return its exit code, processor seconds and peak memory in MiB."""
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        environment = {**os.environ, **threads, "COCO_DETECTORS": str(self.data_root / "weights")}
+        with log.open("a", encoding="utf-8") as file:
+            process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=ROOT)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # or Popen would wait for it, too
+        return process.returncode, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+    def _flags(self, options: dict[str, Option]) -> list[str]:
+        """Write options as arguments of ``train.py``."""
+        flags: list[str] = []
+        for name, value in options.items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                flags.append(flag)
+            elif name == "backbone_weights":
+                flags += [flag, str(self.data_root / str(value))]
+            elif value is not False:
+                flags += [flag, str(value)]
+        return flags
+
+    def _data(self, run: Run) -> Path:
+        """Return the data set's folder; of the split "tune", one that holds out training images for validation."""
+        with self.lock:
+            name = SETS[run.data].folder or run.data
+            source = write_scenes(self.work / "data" / name) if name == "demo" else self.data_root / name
+            if run.split == "final":
+                return source
+            folder = self.work / "data" / f"{name}-held-out"
+            if not folder.exists():
+                _hold_out(source, folder)
+            return folder
+
+
+def _hold_out(source: Path, folder: Path) -> None:
+    """Split the training images of a COCO folder in two, without copying an image."""
+    # 1. Both parts see all training images.
+    temporary = folder.with_name(folder.name + ".tmp")
+    (temporary / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (temporary / split).symlink_to(source / "train")
+    # 2. Draw the images to hold out, and write annotations of each part.
+    for path in sorted((source / "annotations").glob("instances_train*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ids = sorted(image["id"] for image in content["images"])
+        random.Random(0).shuffle(ids)  # noqa: S311  # a split that can be made again
+        held_out = set(ids[: round(HELD_OUT * len(ids))])
+        for split in ("train", "val"):
+            chosen = {i for i in ids if (i in held_out) == (split == "val")}
+            part = {
+                **content,
+                "images": [image for image in content["images"] if image["id"] in chosen],
+                "annotations": [box for box in content["annotations"] if box["image_id"] in chosen],
+            }
+            name = path.name.replace("train", split)
+            (temporary / "annotations" / name).write_text(json.dumps(part), encoding="utf-8")
+    # 3. The folder appears when it is complete.
+    temporary.replace(folder)
+
+
+def _rounded(scores: dict[str, float | None]) -> dict[str, Any]:
+    return {name: value if value is None else round(value, 5) for name, value in scores.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
