@@ -1,27 +1,35 @@
 # `make demo` and `make test` need Python 3.10 or newer and nothing else; everything lands in $(VENV).
-PYTHON ?= python3
+# OLDEST=1 runs a target with the oldest versions that pyproject.toml claims, without the extra "export", which needs
+# a newer torch. It takes an environment of its own.
+OLDEST ?=
+PYTHON ?= $(if $(OLDEST),python3.10,python3)
 # Tests at once, each on one thread.
 JOBS ?= 2
-VENV ?= .venv
-BIN := $(VENV)/bin
+VENV ?= $(if $(OLDEST),.venv/oldest,.venv)
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+INSTALL := $(BIN)/python -m pip install --quiet $(if $(OLDEST),--constraint $(VENV)/oldest.txt)
 
-.PHONY: demo test slow third-party lint clean
+.PHONY: demo test quick slow third-party lint clean help
 
-demo: $(VENV)/.coco
+demo: $(VENV)/.coco ## Draw scenes, train a teacher and a distilled student on the CPU, compare them (5 to 12 minutes).
 	$(BIN)/python examples/coco/demo.py --output runs/demo
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+test: $(VENV)/.dev ## Run the tests and the examples in docstrings.
+	$(PYTEST)
 
-# The tests that take longer, among them the demo itself and what it promises.
-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
+quick: $(VENV)/.dev ## Run the library's own tests: those of examples, benchmarks and experiments are left out.
+	$(PYTEST) $(foreach part,examples third_party benchmarks experiments,--ignore=tests/$(part))
 
-# Detectors of other packages as students and teachers; ultralytics is AGPL-3.0 and brings OpenCV.
-third-party: $(VENV)/.third-party
+# Among these the demo itself and what it promises.
+slow: $(VENV)/.dev ## Run the tests that take longer.
+	$(PYTEST) -m slow
+
+# ultralytics is AGPL-3.0 and brings OpenCV.
+third-party: $(VENV)/.third-party ## Run the tests with detectors of other packages (effdet, ultralytics).
 	YOLO_OFFLINE=true YOLO_CONFIG_DIR=$(abspath $(VENV)) $(BIN)/python -m pytest tests/third_party
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## Check style, format and types.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -29,16 +37,25 @@ lint: $(VENV)/.dev
 $(VENV)/.coco: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[coco]"
+ifneq ($(OLDEST),)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --python $(BIN)/python --resolution lowest-direct --no-header --no-annotate \
+		--extra test --output-file $(VENV)/oldest.txt pyproject.toml
+endif
+	$(INSTALL) --editable ".[coco]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.coco
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(INSTALL) --editable ".[$(if $(OLDEST),test,dev)]"
 	touch $@
 
 $(VENV)/.third-party: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet effdet ultralytics
+	$(INSTALL) effdet ultralytics
 	touch $@
 
-clean:
+clean: ## Remove the environment, what was built, and caches.
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+
+help: ## Show this list.
+	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [JOBS=2] [OLDEST=1]"
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
