@@ -47,7 +47,7 @@ def build(kind: str, **options: Any) -> EndToEndDetector:
 
 
 def twin_of(detector: EndToEndDetector) -> DetectorAdapter:
-    return detector.auxiliary._twin[0]
+    return detector.auxiliary._hidden[0]
 
 
 def part(losses: dict[str, Tensor], *, auxiliary: bool) -> dict[str, Tensor]:
@@ -446,3 +446,11 @@ def test_neither_head_edits_what_the_other_sees():
     torch.testing.assert_close(other.losses(other.run(images, targets)), losses)
     backward(losses)
     assert all(gradient.isfinite().all() for gradient in gradients(one).values())
+
+
+def test_an_auxiliary_head_of_another_detector_is_refused():
+    model = small_fcos(1)
+    for other in (small_fcos(1), small_retinanet(1)):
+        with pytest.raises(DetectorError, match="an auxiliary head of the same detector"):
+            EndToEndDetector(model, auxiliary=AuxiliaryHead(other))
+    EndToEndDetector(adapt(model), auxiliary=AuxiliaryHead(model))  # another adapter of it is as good

@@ -78,13 +78,18 @@ class AuxiliaryHead(nn.Module):
         self.box = box
         self.detach = detach
         self.edits_features = probe_detector(adapter).edits_features
-        # In a tuple, nn.Module does not register it: but for the head, it is the detector itself.
-        self._twin = (twin,)
+        # In a tuple, nn.Module does not register them: but for the head, the twin is the detector itself.
+        self._hidden = (twin, adapter.model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network it is a second head of."""
+        return self._hidden[1]
 
     def forward(self, run: ForwardPass) -> dict[str, Tensor]:
         """Compute the one-to-many losses of one pass: ``"classification"`` and ``"bbox_regression"``."""
         # 1. The second head, on the features of the first.
-        (twin,) = self._twin
+        twin, _ = self._hidden
         features = [x.clone() for x in run.features] if self.edits_features else run.features
         predictions = twin.head(features, run.batch.image_size)
         where = f"auxiliary {type(twin).__name__}.head()"
@@ -105,7 +110,7 @@ class AuxiliaryHead(nn.Module):
         return {"classification": self.classification * classification, "bbox_regression": self.box * box}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._twin[0]._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._hidden[0]._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -114,6 +114,7 @@ def duplicate_report(
         >>> duplicate_report([found], [Target(boxes=boxes[:1], labels=torch.tensor([1]))]).rate
         1.0
     """
+    # 1. For every object that was found: how many visible claims, and by how much the best one leads.
     objects, margins, label_found, label_duplicates = 0, [0.0], dict[int, int](), dict[int, int]()
     for detection, target in zip(detections, targets, strict=True):
         objects += len(target["boxes"])
@@ -123,6 +124,8 @@ def duplicate_report(
             label_found[label] = label_found.get(label, 0) + 1
             label_duplicates[label] = label_duplicates.get(label, 0) + len(visible) - 1
             margins.append(claims[0] - claims[1] if len(claims) > 1 else claims[0])
+
+    # 2. The sums.
     found = sum(label_found.values())
     return DuplicateReport(
         objects,

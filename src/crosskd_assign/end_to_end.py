@@ -11,6 +11,7 @@ from typing_extensions import override
 from .assignment import TaskAwareOneToOneAssigner
 from .auxiliary import AuxiliaryHead
 from .detectors import DetectorAdapter, HeadEntry, PyramidEntry, adapt
+from .errors import DetectorError
 from .losses import OneToOneLoss
 from .postprocessing import top_detections
 from .structures import Assignment, Batch, DensePredictions, Detection, ForwardPass, Target
@@ -41,6 +42,7 @@ class EndToEndDetector(nn.Module):
     Raises:
         OptionError: A number is out of range.
         UnknownDetectorError: No built-in adapter fits the model.
+        DetectorError: The auxiliary head is another detector's.
 
     Example:
         >>> import torch
@@ -70,6 +72,13 @@ class EndToEndDetector(nn.Module):
         self.adapter = adapt(model)
         self.assigner = TaskAwareOneToOneAssigner() if assigner is None else assigner
         self.loss = OneToOneLoss() if loss is None else loss
+        if auxiliary is not None and auxiliary.model is not self.model:
+            raise DetectorError(
+                expected="an auxiliary head of the same detector",
+                got=f"one of another {type(auxiliary.model).__name__}",
+                where="auxiliary",
+                fix="build both of one model: EndToEndDetector(model, auxiliary=AuxiliaryHead(model))",
+            )
         self.auxiliary = auxiliary
         self.top_k = top_k
         self.score_threshold = score_threshold

@@ -350,7 +350,7 @@ class Assignment:
     @property
     def num_boxes(self) -> int:
         """Boxes of the batch, matched or not, each counted once."""
-        return len(torch.stack([self.image, self.target], dim=1).unique(dim=0)) + self.unmatched
+        return len(torch.unique(torch.stack([self.image, self.target], dim=1), dim=0)) + self.unmatched
 
     @property
     def fallback_share(self) -> float:

@@ -292,12 +292,14 @@ def test_nothing_that_lists_saves_or_copies_a_distiller_finds_its_teacher():
 )
 def test_a_copy_detects_at_once_and_trains_when_it_is_given_a_teacher(duplicate):
     images, targets = scene(SIZES)
-    distiller = pair()
+    distiller = CrossHeadDistiller(small_fcos(1, norm="batch"), small_fcos(2)).train()
     losses = distiller(images, targets)
     twin = duplicate(distiller)
     torch.testing.assert_close(twin.eval()(images), distiller.eval()(images))
+    before = snapshot(twin)
     with pytest.raises(errors.MissingTeacherError, match="attach_teacher"):
         twin.train()(images, targets)
+    torch.testing.assert_close(snapshot(twin), before, atol=0, rtol=0)
     assert "teacher=None" in repr(twin)
     teacher = small_fcos(2)
     assert twin.attach_teacher(teacher) is twin

@@ -112,13 +112,18 @@ def grid_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float) -
     corners = boxes.double().view(len(boxes), 1, 2, 2)  # (B, 1, low or high, x or y)
     points, valids = [], []
     for grid in _grids(tuple(levels), radius, boxes.device):
+        # 1. A window of columns and of rows around each box's centre.
         low, high = corners[:, :, 0], corners[:, :, 1]
         middle = (low + high) / 2
         first = torch.floor((middle - grid.margin) / grid.step) + 1  # (B, L, 2)
         low, high = torch.maximum(low, middle - grid.reach), torch.minimum(high, middle + grid.reach)  # (B, L, 2)
         index = first[..., None] + grid.window  # (B, L, 2, k)
+
+        # 2. Which of them lie in the prior, and on the grid.
         position = (index.float() * grid.step32 + grid.origin32).double()  # as GridLevel.points
         inside = (position > low[..., None]) & (position < high[..., None]) & (index >= 0) & (index < grid.size)
+
+        # 3. Their points.
         index = torch.where(inside, index, 0.0).long()
         cell = index[:, :, 1, :, None] * grid.width + index[:, :, 0, None, :]  # (B, L, k, k)
         valid = (inside[:, :, 1, :, None] & inside[:, :, 0, None, :])[..., None].expand(*cell.shape, grid.anchors)

@@ -105,11 +105,14 @@ def fill_left_over(
     Returns:
         ``(R,)`` the point of each, −1 where an image has no free point; its metric; whether it lies outside the prior.
     """
+    # 1. What is taken, image by image.
     found = np.full(len(left_over), -1)
     value = np.zeros(len(left_over), dtype=metric.dtype)
     outside = np.zeros(len(left_over), dtype=bool)
     image, rank = candidates.image[left_over], candidates.rank[left_over]
     taken = {int(n): {p for m, p in used if m == n} for n in np.unique(image)}
+
+    # 2. One box after another, in an order that does not depend on how they came in.
     for r in np.lexsort((rank, image)):
         b, mine = left_over[r], taken[int(image[r])]
         free = [k for k in np.flatnonzero(metric[b] >= 0).tolist() if int(point[b, k]) not in mine]

@@ -54,6 +54,7 @@ def probe_detector(adapter: DetectorAdapter) -> Probe:
     Raises:
         DetectorError: `features` does not return a list of 4-dimensional maps, or ``strides`` are not as many.
     """
+    # 1. One pass of each, the head on copies: does it edit them?
     batch = blank_batch(adapter)
     with evaluation_mode(adapter):
         features = adapter.features(batch)
@@ -61,6 +62,8 @@ def probe_detector(adapter: DetectorAdapter) -> Probe:
         given = [x.clone() for x in features]
         versions = [x._version for x in given]
         predictions = adapter.head(given, batch.image_size)
+
+    # 2. The levels: strides are declared, or measured.
     strides = adapter.strides or [PROBE_SIZE / x.shape[-1] for x in features]
     if len(strides) != len(features):
         raise DetectorError(

@@ -43,6 +43,7 @@ def match_levels(student: HeadEntry, teacher: HeadEntry) -> list[MatchedLevel]:
     Raises:
         IncompatibleDetectorsError: The heads have other branches, or the pyramids share no stride.
     """
+    # 1. The same branches.
     if set(student.branches) != set(teacher.branches):
         raise IncompatibleDetectorsError(
             expected="heads of equal branches",
@@ -50,6 +51,8 @@ def match_levels(student: HeadEntry, teacher: HeadEntry) -> list[MatchedLevel]:
             where=f"entry={student.convolutions}",
             fix="enter at the feature pyramid, entry=0",
         )
+
+    # 2. The maps of one branch and stride.
     index = {name: j for j, name in enumerate(teacher.names)}
     matched = [
         MatchedLevel(i, index[name], student.levels[i].channels, teacher.levels[index[name]].channels)

@@ -184,6 +184,8 @@ class Distiller(nn.Module, ABC):
         """
         if not self.training:
             return self.detector(images)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        if self.teacher.training:  # asked before the student runs: its batch norm would count a batch that is refused
+            self.teacher.eval()
         run = self.detector.run(images, targets, self.student_entry)
         losses = self.detector.losses(run)
         distilled = {f"distill_{name}": self.distillation_weight * loss for name, loss in self.distill(run).items()}

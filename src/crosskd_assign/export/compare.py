@@ -79,6 +79,7 @@ def difference(
         score_tolerance: Largest difference of scores that is put down to rounding.
         box_tolerance: Likewise of a box's sides, in pixels.
     """
+    # 1. Scores, rank by rank.
     scores, labels = detection["scores"], detection["labels"]
     k = len(scores)
     if not 0 < k <= prediction.scores.numel():
@@ -90,6 +91,8 @@ def difference(
         i = int(gaps.argmax())
         fault = f"score {float(scores[i]):.6f} instead of {float(ranked[i]):.6f} at rank {i}"
         return Difference(score_gap, box_gap, fault)
+
+    # 2. For every detection the predictions that it may be: same label, same score, same box.
     point, label = (prediction.scores >= ranked[-1] - 2 * score_tolerance).nonzero(as_tuple=True)  # (P,) contenders
     score = prediction.scores[point, label]
     same = torch.zeros(k, len(point), dtype=torch.bool)
@@ -104,6 +107,8 @@ def difference(
             fault = f"a box {box_gap:.4g} px from the one predicted, {detection['boxes'][i].tolist()} at rank {i}"
             return Difference(score_gap, box_gap, fault)
         same[i, rivals[distance <= box_tolerance]] = True
+
+    # 3. A prediction of its own for each.
     certain = (score > ranked[-1] + 2 * score_tolerance).numpy()
     fault = "" if _one_each(same.numpy(), certain) else "one prediction twice and another not at all"
     return Difference(score_gap, box_gap, fault)

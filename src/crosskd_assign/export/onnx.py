@@ -191,6 +191,7 @@ def _batches(
     images: Sequence[Tensor] | Tensor | None,
 ) -> list[Tensor]:
     """Make batches of one and of more images, of one size or, where that is open, of several."""
+    # 1. Given images, each beside its mirror image.
     counts = (1, 2) if batch_size is None else (batch_size,)
     if images is not None:
         validate_images(images)
@@ -198,6 +199,8 @@ def _batches(
             _validate_image_size(view, (image.shape[1], image.shape[2]), size, f"images[{i}]", ImageError)
         pairs = [torch.stack([image, image.flip(2)]).detach().cpu().float() for image in images]
         return [pair.repeat(n, 1, 1, 1)[:n] for pair in pairs for n in counts]
+
+    # 2. Made-up ones otherwise.
     if size is not None:
         _validate_image_size(view, size, None, "image_size", OptionError)
         sizes = [size, size]

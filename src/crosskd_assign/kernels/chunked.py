@@ -125,6 +125,7 @@ def quality_focal_sum(z: Tensor, teacher: Tensor, gamma: float) -> Tensor:
         )
 
     def terms(z: Tensor, t: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        # 1. The loss.
         p, q = z.sigmoid(), t.sigmoid()
         difference = p - q  # also the derivative of the cross-entropy
         entropy = F.softplus(z).addcmul_(q, z, value=-1)
@@ -135,7 +136,9 @@ def quality_focal_sum(z: Tensor, teacher: Tensor, gamma: float) -> Tensor:
         loss = torch.dot(weight, entropy)
         if not wanted:
             return loss, None
-        # d/dz of |d|ᵞ E is sign(d) (γ |d|ᵞ⁻¹ p (1 − p) E + |d|ᵞ⁺¹), with d = p − q the derivative of E.
+
+        # 2. Its derivative: d/dz of |d|ᵞ E is sign(d) (γ |d|ᵞ⁻¹ p (1 − p) E + |d|ᵞ⁺¹), with d = p − q the derivative of
+        # E.
         slope = torch.addcmul(p, p, p, value=-1).mul_(entropy)
         if gamma != 1:
             slope.mul_(gamma * distance ** (gamma - 1))
