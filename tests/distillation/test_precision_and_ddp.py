@@ -221,7 +221,7 @@ def work(rank: int, folder: str) -> None:
     """One of two processes: leave losses and gradients of every case in a file."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=(Path(folder) / "meeting").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     results = {}
     for case in CASES:

@@ -3,6 +3,7 @@
 Triton comes with PyTorch's builds for CUDA and ROCm. Where it is missing or cannot compile, `chunked.py` is used.
 """
 
+# No ``from __future__ import annotations``: Triton 3.0's interpreter does not see a constexpr in a string.
 from typing import Any
 
 import torch
