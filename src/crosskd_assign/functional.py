@@ -98,12 +98,9 @@ def one_to_one_classification_loss(
         >>> one_to_one_classification_loss(logits, pair, torch.tensor([1]), normalizer=1.0).item() < 1e-6
         True
     """
-    background = (1 - alpha) * background_focal_sum(logits, gamma)
-    matched = at_least_float32(logits[assignment.image, assignment.point, labels])  # (M,)
-    # Powers as exponentials: p ** gamma has no derivative where p underflows to 0 and gamma < 1.
-    positive = alpha * (gamma * F.logsigmoid(-matched)).exp() * F.softplus(-matched)
-    negative = (1 - alpha) * (gamma * F.logsigmoid(matched)).exp() * F.softplus(matched)
-    return (background + (positive - negative).sum()) / normalizer
+    return one_to_many_classification_loss(
+        logits, assignment, labels, 1.0, normalizer=normalizer, alpha=alpha, gamma=gamma
+    )
 
 
 def one_to_one_box_loss(
@@ -126,8 +123,7 @@ def one_to_one_box_loss(
         >>> one_to_one_box_loss(boxes, pair, torch.tensor([[0.0, 0.0, 4.0, 2.0]]), normalizer=1.0)
         tensor(0.5000)
     """
-    predicted = at_least_float32(boxes[assignment.image, assignment.point])  # (M, 4)
-    return (1 - generalized_iou(predicted, matched_boxes.to(predicted.dtype))).sum() / normalizer
+    return one_to_many_box_loss(boxes, assignment, matched_boxes, 1.0, normalizer=normalizer)
 
 
 def one_to_one_ranking_loss(
@@ -195,7 +191,7 @@ def one_to_many_classification_loss(
     logits: Tensor,
     assignment: Assignment,
     labels: Tensor,
-    weights: Tensor,
+    weights: Tensor | float,
     *,
     normalizer: Tensor | float,
     alpha: float = 0.25,
@@ -213,7 +209,7 @@ def one_to_many_classification_loss(
         logits: ``(N, A, C)`` class logits.
         assignment: The M matched pairs; a box may have many points, a point has one box.
         labels: ``(M,)`` int64, the class of each matched pair.
-        weights: ``(M,)`` in 0…1.
+        weights: ``(M,)`` in 0…1, or one number for all.
         normalizer: Divisor of the sum.
         alpha: Weight of the positives, 0…1.
         gamma: Focusing exponent, at least 0.
@@ -229,13 +225,14 @@ def one_to_many_classification_loss(
     """
     background = (1 - alpha) * background_focal_sum(logits, gamma)
     matched = at_least_float32(logits[assignment.image, assignment.point, labels])  # (M,)
+    # Powers as exponentials: p ** gamma has no derivative where p underflows to 0 and gamma < 1.
     positive = alpha * (gamma * F.logsigmoid(-matched)).exp() * F.softplus(-matched)
     negative = (1 - alpha) * (gamma * F.logsigmoid(matched)).exp() * F.softplus(matched)
     return (background + (weights * (positive - negative)).sum()) / normalizer
 
 
 def one_to_many_box_loss(
-    boxes: Tensor, assignment: Assignment, matched_boxes: Tensor, weights: Tensor, *, normalizer: Tensor | float
+    boxes: Tensor, assignment: Assignment, matched_boxes: Tensor, weights: Tensor | float, *, normalizer: Tensor | float
 ) -> Tensor:
     """Σ over matched pairs of w · (1 − GIoU).
 
@@ -243,7 +240,7 @@ def one_to_many_box_loss(
         boxes: ``(N, A, 4)`` decoded boxes.
         assignment: The M matched pairs.
         matched_boxes: ``(M, 4)`` ground truth of each pair.
-        weights: ``(M,)`` in 0…1.
+        weights: ``(M,)`` in 0…1, or one number for all.
         normalizer: Divisor of the sum.
 
     Returns:
