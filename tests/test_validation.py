@@ -160,6 +160,7 @@ def test_an_unknown_alignment_is_refused():
 # --- images -----------------------------------------------------------------------------------------------------------
 
 RGB = "a tensor of shape (3, H, W)"
+KIND = "torch.float32, torch.strided, on cpu"
 BAD_IMAGES = [
     ([], "at least one image", "none", "images"),
     (torch.zeros(0, 3, 8, 8), "at least one image", "none", "images"),
@@ -170,6 +171,14 @@ BAD_IMAGES = [
     ([IMAGE[:, :0]], RGB, "shape (3, 0, 32)", "images[0]"),
     (IMAGE, RGB, "shape (32, 32)", "images[0]"),
     ([(IMAGE * 255).byte()], "pixels in 0…1", "dtype torch.uint8", "images[0]"),
+    ([IMAGE, IMAGE.half()], f"images of one kind, {KIND}", KIND.replace("32", "16"), "images[1]"),
+    (
+        [IMAGE, IMAGE, IMAGE.to_sparse()],
+        f"images of one kind, {KIND}",
+        KIND.replace("strided", "sparse_coo"),
+        "images[2]",
+    ),
+    ([IMAGE, IMAGE.to("meta")], f"images of one kind, {KIND}", KIND.replace("cpu", "meta"), "images[1]"),
 ]
 
 
@@ -210,6 +219,12 @@ BAD_TARGETS = [
     ([GOOD, {**GOOD, "labels": LABELS[:, None]}], ONE_A_BOX, "(2, 1) torch.int64", 'targets[1]["labels"]'),
     ([{**GOOD, "labels": LABELS.int()}, GOOD], ONE_A_BOX, "(2,) torch.int32", 'targets[0]["labels"]'),
     ([{**GOOD, "labels": LABELS.tolist()}, GOOD], ONE_A_BOX, "list", 'targets[0]["labels"]'),
+    (
+        [{**GOOD, "boxes": BOXES.to_sparse()}, GOOD],
+        "dense boxes and labels",
+        "torch.sparse_coo and torch.strided",
+        "targets[0]",
+    ),
     ([{**GOOD, "boxes": BOXES.to("meta")}, GOOD], ON_CPU, "boxes on meta and labels on cpu", "targets[0]"),
     ([GOOD, {**GOOD, "labels": LABELS.to("meta")}], ON_CPU, "boxes on cpu and labels on meta", "targets[1]"),
 ]

@@ -50,7 +50,7 @@ def validate_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def validate_images(images: Sequence[Tensor] | Tensor) -> None:
-    """Raise `ImageError` unless ``images`` is a non-empty sequence of ``(3, H, W)`` floating-point tensors."""
+    """Raise `ImageError` unless ``images`` are one or more ``(3, H, W)`` floating-point tensors of one kind."""
     if len(images) == 0:
         raise ImageError(expected="at least one image", got="none", where="images", fix="skip empty batches")
     for i, image in enumerate(images):
@@ -69,6 +69,17 @@ def validate_images(images: Sequence[Tensor] | Tensor) -> None:
             raise ImageError(
                 expected="pixels in 0…1", got=f"dtype {image.dtype}", where=where, fix="divide by 255 as floating point"
             )
+        if _kind(image) != _kind(images[0]):
+            raise ImageError(
+                expected=f"images of one kind, {_kind(images[0])}",
+                got=_kind(image),
+                where=where,
+                fix="give all images one dtype, device and layout",
+            )
+
+
+def _kind(x: Tensor) -> str:
+    return f"{x.dtype}, {x.layout}, on {x.device}"
 
 
 def validate_targets(targets: Sequence[Target | None] | None, images: Sequence[Tensor] | Tensor) -> None:
@@ -114,6 +125,13 @@ def _validate_target(target: Target | None, i: int, device: torch.device) -> Non
             got=describe(labels),
             where=f'targets[{i}]["labels"]',
             fix="use labels.long(), one a box",
+        )
+    if boxes.layout != torch.strided or labels.layout != torch.strided:
+        raise TargetError(
+            expected="dense boxes and labels",
+            got=f"{boxes.layout} and {labels.layout}",
+            where=f"targets[{i}]",
+            fix="call .to_dense()",
         )
     if boxes.device != device or labels.device != device:
         raise TargetError(
