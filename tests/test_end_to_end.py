@@ -20,7 +20,8 @@ from crosskd_assign import (
     TaskAwareOneToOneAssigner,
 )
 from crosskd_assign.errors import ImageError, OptionError, PredictionError, TargetError, UnknownDetectorError
-from crosskd_assign.structures import Batch, Detection, Target
+from crosskd_assign.structures import Assignment, Batch, Detection, Target
+from crosskd_assign.transfer import Transfer
 from tests.makers.small_models import (
     CLASSES,
     MAKERS,
@@ -344,3 +345,46 @@ def test_a_head_that_loses_points_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(detector.adapter, "head", lambda features, image_size: short)
     with pytest.raises(PredictionError, match=r"FCOSAdapter\.head\(\)"):
         detector(images, targets)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("distil", [False, True], ids=["alone", "distilled"])
+def test_pixels_that_are_not_finite_are_refused_by_image_before_batch_norm_counts_them(value, distil):
+    model = small_fcos()
+    student = CrossHeadDistiller(model, small_fcos()) if distil else EndToEndDetector(model)
+    images, targets = scene()
+    before = snapshot(student)
+    images[1][1, 3, 5] = value
+    with pytest.raises(ImageError) as caught:
+        student.train()(images, targets)
+    assert caught.value.expected == "finite pixels"
+    assert caught.value.where.startswith("images[1]")
+    assert all(torch.equal(x, before[name]) for name, x in snapshot(student).items())
+
+
+def test_on_an_accelerator_the_look_at_the_pixels_travels_while_the_assigner_works(monkeypatch):
+    # There, `run` does not look, because it would have to wait; `losses` asks before the assigner does and reads after.
+    order: list[str] = []
+
+    class Recorded(Transfer):
+        def __init__(self, x: Tensor) -> None:
+            order.append("sent")
+            super().__init__(x)
+
+        def wait(self) -> Tensor:
+            order.append("read")
+            return super().wait()
+
+    def assigner(predictions: DensePredictions, targets: Sequence[Target]) -> Assignment:
+        order.append("assigned")
+        return TaskAwareOneToOneAssigner()(predictions, targets)
+
+    monkeypatch.setattr("crosskd_assign.end_to_end.Transfer", Recorded)
+    detector = EndToEndDetector(small_fcos(), assigner=assigner)
+    run = detector.run(*scene())
+    detector.losses(run)
+    assert order == ["sent", "assigned", "read"]
+    spoilt = run.batch.images.clone()
+    spoilt[1, 2, 3, 4] = math.nan
+    with pytest.raises(ImageError, match="finite pixels"):
+        detector.losses(replace(run, batch=replace(run.batch, images=spoilt)))

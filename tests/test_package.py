@@ -33,7 +33,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"version", "errors"},
     {"geometry"},
-    {"distributed"},
+    {"distributed", "transfer"},
     {"structures"},
     {"validation"},
     {"kernels"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast, overload
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -15,7 +16,8 @@ from .errors import DetectorError
 from .losses import OneToOneLoss
 from .postprocessing import top_detections
 from .structures import Assignment, Batch, DensePredictions, Detection, ForwardPass, Target
-from .validation import validate_images, validate_option, validate_predictions, validate_targets
+from .transfer import Transfer
+from .validation import validate_images, validate_option, validate_pixels, validate_predictions, validate_targets
 
 __all__ = ["EndToEndDetector"]
 
@@ -147,6 +149,8 @@ class EndToEndDetector(nn.Module):
         if self.training:
             validate_targets(targets, images)
         batch, moved = self.adapter.preprocess(images, targets or ())
+        if self.training and batch.images.device.type == "cpu":
+            validate_pixels(_pixel_sums(batch))  # before batch norm counts them; elsewhere it would have to wait
 
         # 2. Features, and the maps at the entry of the head.
         entry = self._entry if entry is None else entry
@@ -164,9 +168,19 @@ class EndToEndDetector(nn.Module):
 
         Returns:
             Those of ``loss`` and, where there is an auxiliary head, its own with the prefix ``auxiliary_``.
+
+        Raises:
+            ImageError: Pixels are not finite.
+            TargetError: A box or label has an impossible value.
         """
+        # 1. One positive for each object. By then the sums have arrived with what the assigner waits for.
         targets = cast("list[Target]", run.targets)  # validated: none is missing
-        losses = self.loss(run.predictions, targets, self.assigner(run.predictions, targets))
+        sums = Transfer(_pixel_sums(run.batch))
+        assignment = self.assigner(run.predictions, targets)
+        validate_pixels(sums.wait())
+
+        # 2. The losses.
+        losses = self.loss(run.predictions, targets, assignment)
         if self.auxiliary is None:
             return losses
         return losses | {f"auxiliary_{name}": loss for name, loss in self.auxiliary(run).items()}
@@ -183,3 +197,8 @@ class EndToEndDetector(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"assigner={self.assigner}, loss={self.loss}, top_k={self.top_k}, score_threshold={self.score_threshold}"
+
+
+def _pixel_sums(batch: Batch) -> Tensor:
+    """Sum each image's pixels, ``(N,)`` float32: the cheapest look at all of them."""
+    return batch.images.detach().flatten(1).sum(dim=1, dtype=torch.float32)

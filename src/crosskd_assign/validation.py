@@ -1,4 +1,7 @@
-"""Validation of what comes in from outside. All but `validate_target_values` work without device synchronisation."""
+"""Validation of what comes in from outside, without device synchronisation.
+
+`validate_target_values` and `validate_pixels` look at values, and take what is on the host.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ __all__ = [
     "validate_choice",
     "validate_images",
     "validate_option",
+    "validate_pixels",
     "validate_predictions",
     "validate_target_values",
     "validate_targets",
@@ -80,6 +84,23 @@ def validate_images(images: Sequence[Tensor] | Tensor) -> None:
 
 def _kind(x: Tensor) -> str:
     return f"{x.dtype}, {x.layout}, on {x.device}"
+
+
+def validate_pixels(sums: Tensor) -> None:
+    """Raise `ImageError` naming the first image whose pixels are not finite.
+
+    Args:
+        sums: ``(N,)`` the sum of each image's pixels, float32 on the host; it is finite where all of them are.
+    """
+    bad = ~sums.isfinite()
+    if bad.any():
+        i = int(bad.int().argmax())
+        raise ImageError(
+            expected="finite pixels",
+            got="NaN or infinity",
+            where=f"images[{i}], after preprocessing",
+            fix="look for a division by 0 in augmentation or normalisation, or a broken file",
+        )
 
 
 def validate_targets(targets: Sequence[Target | None] | None, images: Sequence[Tensor] | Tensor) -> None:
