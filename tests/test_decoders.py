@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
 from crosskd_assign import DensePredictions, GridLevel
-from crosskd_assign.errors import OptionError
+from crosskd_assign.errors import OptionError, PredictionError
 from tests.makers.builders import GRIDS, grid
 
 CLASSES = 3
@@ -171,6 +171,21 @@ def test_an_unknown_unit_is_refused_by_name(name, unit):
     with pytest.raises(OptionError, match=r'unit "stride" or "pixel"') as caught:
         build(name, logits, numbers, SMALL[0], unit=unit)
     assert caught.value.got == repr(unit)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("spoil", ["a level short", "channels first", "a number more"])
+def test_numbers_of_another_shape_are_refused_with_both_shapes(name, spoil):
+    logits, numbers = random_numbers(SMALL[0], 0, *NUMBERS[name])
+    wrong = {
+        "a level short": numbers[:, :-3],
+        "channels first": numbers.transpose(1, 2),
+        "a number more": torch.cat([numbers, numbers[:, :, :1]], dim=2),
+    }[spoil]
+    with pytest.raises(PredictionError) as caught:
+        build(name, logits, wrong, SMALL[0])
+    assert caught.value.got.startswith(f"({', '.join(map(str, wrong.shape[:3]))}")  # of bins, perhaps their means
+    assert "4" in caught.value.expected
 
 
 @pytest.mark.parametrize("levels", SMALL, ids=["plain", "anchors", "steps"])

@@ -264,6 +264,24 @@ def test_the_first_bad_box_of_a_batch_is_named(bad):
             model([IMAGE, IMAGE], targets)
 
 
+def test_boxes_of_x_y_width_and_height_are_recognised_by_their_remedy():
+    with pytest.raises(TargetError) as caught:
+        EndToEndDetector(tiny_detector())([IMAGE], [{**GOOD, "boxes": torch.tensor([[8.0, 8, 4, 6], [1, 1, 9, 9]])}])
+    assert 'box_convert(boxes, "xywh", "xyxy")' in caught.value.fix
+
+
+def test_images_as_numpy_makes_them_are_refused_by_dtype():
+    for model in (EndToEndDetector(tiny_detector()), EndToEndDetector(tiny_detector()).eval()):
+        with raises(
+            ImageError,
+            "pixels of torch.float32, like the network's weights",
+            "torch.float64",
+            "images, after preprocessing",
+        ):
+            model([IMAGE.double()] * 2, [GOOD] * 2)
+    assert EndToEndDetector(tiny_detector()).double()([IMAGE.double()], [GOOD])
+
+
 @pytest.mark.parametrize("label", [-1, 3])
 def test_the_first_label_without_a_channel_is_named(label):
     labels, index = np.array([0, label, label]), np.array([0, 0, 0])
@@ -288,6 +306,17 @@ BAD_PREDICTIONS = [
     ({"quality": torch.zeros(2, 84, 1)}, "quality of shape (2, 84) for 84 points", "(2, 84, 1)", "quality"),
     ({"levels": GRIDS[1][:2]}, "levels that hold 84 points in all", "[64, 16]", "levels"),
 ]
+
+
+@pytest.mark.parametrize("returned", [(torch.zeros(1, 84, 3), torch.zeros(1, 84, 4)), None])
+def test_a_head_that_returns_something_else_is_refused_by_name(returned):
+    class Bare(TinyAdapter):
+        def head(self, features, image_size) -> Any:
+            return returned
+
+    with pytest.raises(PredictionError) as caught:
+        EndToEndDetector(Bare(TinyNetwork()))([IMAGE], [GOOD])
+    assert (caught.value.expected, caught.value.where) == ("DensePredictions", "Bare.head()")
 
 
 class Broken(TinyAdapter):

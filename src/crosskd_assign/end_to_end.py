@@ -17,7 +17,14 @@ from .losses import OneToOneLoss
 from .postprocessing import top_detections
 from .structures import Assignment, Batch, DensePredictions, Detection, ForwardPass, Target
 from .transfer import Transfer
-from .validation import validate_images, validate_option, validate_pixels, validate_predictions, validate_targets
+from .validation import (
+    validate_images,
+    validate_option,
+    validate_pixels,
+    validate_precision,
+    validate_predictions,
+    validate_targets,
+)
 
 __all__ = ["EndToEndDetector"]
 
@@ -149,6 +156,7 @@ class EndToEndDetector(nn.Module):
         if self.training:
             validate_targets(targets, images)
         batch, moved = self.adapter.preprocess(images, targets or ())
+        validate_precision(batch.images, self.adapter.parameters())
         if self.training and batch.images.device.type == "cpu":
             validate_pixels(_pixel_sums(batch))  # before batch norm counts them; elsewhere it would have to wait
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NotRequired, Self, TypedDict
 
-from .errors import OptionError
+from .errors import OptionError, PredictionError
 from .geometry import (
     at_least_float32,
     boxes_from_anchors,
@@ -206,9 +206,10 @@ class DensePredictions:
 
         Raises:
             OptionError: ``unit`` is neither.
+            PredictionError: The numbers have another shape.
         """
         points, strides = _points_and_strides(levels, sides.device)
-        boxes = boxes_from_sides(points, _pixels(sides, strides, unit))
+        boxes = boxes_from_sides(points, _pixels("sides", sides, strides, unit))
         return cls(logits, boxes, points, strides, quality, distribution, tuple(levels))
 
     @classmethod
@@ -233,9 +234,10 @@ class DensePredictions:
 
         Raises:
             OptionError: ``unit`` is neither.
+            PredictionError: The numbers have another shape.
         """
         points, strides = _points_and_strides(levels, centers.device)
-        boxes = boxes_from_centers(points, _pixels(centers, strides, unit))
+        boxes = boxes_from_centers(points, _pixels("centers", centers, strides, unit))
         return cls(logits, boxes, points, strides, quality, None, tuple(levels))
 
     @classmethod
@@ -258,9 +260,15 @@ class DensePredictions:
             levels: The grids of the L levels, with ``anchors`` boxes a cell.
             weights: What the four offsets were multiplied by when they were encoded.
             quality: ``(N, A)`` logits of a quality branch.
+
+        Raises:
+            PredictionError: Anchors or offsets have another shape.
         """
+        points, strides = _points_and_strides(levels, offsets.device)
+        _validate_numbers("anchors", anchors, (len(points), 4))
+        _validate_numbers("offsets", offsets, (None, len(points), 4))
         boxes = boxes_from_anchors(anchors, at_least_float32(offsets), weights)
-        return cls.on_grid(logits, boxes, levels, quality)
+        return cls(logits, boxes, points, strides, quality, None, tuple(levels))
 
     @classmethod
     def from_bins(
@@ -283,7 +291,9 @@ class DensePredictions:
 
         Raises:
             OptionError: ``unit`` is neither.
+            PredictionError: The numbers have another shape.
         """
+        _validate_numbers("bins", bins, (None, None, 4, None))
         sides = expected_distance(bins)
         return cls.from_sides(logits, sides, levels, unit=unit, quality=quality, distribution=bins)
 
@@ -297,8 +307,24 @@ def _points_and_strides(levels: Sequence[GridLevel], device: torch.device) -> tu
     return points, strides
 
 
-def _pixels(numbers: Tensor, strides: Tensor, unit: Unit) -> Tensor:
+def _validate_numbers(name: str, numbers: Tensor, shape: tuple[int | None, ...]) -> None:
+    """Raise `PredictionError` unless a head's numbers have this shape, where None stands for any size."""
+    # Compared while tracing, a size that is open would be fixed.
+    if torch.compiler.is_compiling():
+        return
+    sizes = numbers.shape
+    if len(sizes) != len(shape) or any(want not in (None, size) for size, want in zip(sizes, shape, strict=True)):
+        raise PredictionError(
+            expected=f"{name} of shape ({', '.join('*' if want is None else str(want) for want in shape)})",
+            got=f"{tuple(sizes)}",
+            where=f"DensePredictions, {name}",
+            fix="flatten maps as x.flatten(2).transpose(1, 2) and concatenate all levels, with a grid for each",
+        )
+
+
+def _pixels(name: str, numbers: Tensor, strides: Tensor, unit: Unit) -> Tensor:
     """Convert ``(N, A, 4)`` numbers to pixels, in float32 at least."""
+    _validate_numbers(name, numbers, (None, len(strides), 4))
     if unit not in ("stride", "pixel"):
         raise OptionError(
             expected='unit "stride" or "pixel"', got=repr(unit), where="DensePredictions", fix="choose one of the two"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "validate_images",
     "validate_option",
     "validate_pixels",
+    "validate_precision",
     "validate_predictions",
     "validate_target_values",
     "validate_targets",
@@ -86,6 +87,21 @@ def _kind(x: Tensor) -> str:
     return f"{x.dtype}, {x.layout}, on {x.device}"
 
 
+def validate_precision(images: Tensor, weights: Iterable[Tensor]) -> None:
+    """Raise `ImageError` if a batch is float64, as numpy makes it, and the first weight is not.
+
+    Other mixtures may be meant, under autocast for one.
+    """
+    first = next(iter(weights), images)
+    if images.dtype == torch.float64 != first.dtype:
+        raise ImageError(
+            expected=f"pixels of {first.dtype}, like the network's weights",
+            got=f"{images.dtype}",
+            where="images, after preprocessing",
+            fix="convert them with image.float()",
+        )
+
+
 def validate_pixels(sums: Tensor) -> None:
     """Raise `ImageError` naming the first image whose pixels are not finite.
 
@@ -140,12 +156,13 @@ def _validate_target(target: Target | None, i: int, device: torch.device) -> Non
             where=f'targets[{i}]["boxes"]',
             fix="use x1, y1, x2, y2 in pixels; no objects: torch.zeros(0, 4)",
         )
-    if not isinstance(labels, Tensor) or labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
+    whole = isinstance(labels, Tensor) and labels.dtype == torch.int64
+    if not whole or labels.shape != boxes.shape[:1]:
         raise TargetError(
             expected=f"int64 labels of shape ({len(boxes)},), one a box",
             got=describe(labels),
             where=f'targets[{i}]["labels"]',
-            fix="use labels.long(), one a box",
+            fix="give one label a box" if whole else "convert them with labels.long()",
         )
     if boxes.layout != torch.strided or labels.layout != torch.strided:
         raise TargetError(
@@ -188,7 +205,10 @@ def validate_target_values(
             expected="a finite box with x1 < x2 and y1 < y2",
             got=f"{boxes[b].tolist()}",
             where=f'targets[{image[b]}]["boxes"][{target[b]}]',
-            fix="drop such boxes; torchvision.transforms.v2.SanitizeBoundingBoxes does",
+            fix=(
+                'if they are x, y, width, height, convert them: torchvision.ops.box_convert(boxes, "xywh", "xyxy"); '
+                "if they are corners, drop such boxes, as torchvision.transforms.v2.SanitizeBoundingBoxes does"
+            ),
         )
     bad = (labels < 0) | (labels >= num_classes)
     if bad.any():
@@ -197,12 +217,22 @@ def validate_target_values(
             expected=f"a label in 0…{num_classes - 1}",
             got=f"{labels[b]}",
             where=f'targets[{image[b]}]["labels"][{target[b]}]',
-            fix=f"map labels to the student's {num_classes} class channels, or build it with more classes",
+            fix=(
+                f"map labels to the student's {num_classes} class channels, from 0, or build it with more classes; "
+                "torchvision's detectors count the background as class 0"
+            ),
         )
 
 
 def validate_predictions(predictions: DensePredictions, *, where: str, images: int) -> None:
-    """Raise `PredictionError` unless all shapes of ``predictions`` agree with each other and with the batch."""
+    """Raise `PredictionError` unless they are predictions whose shapes agree with each other and with the batch."""
+    if not isinstance(predictions, DensePredictions):
+        raise PredictionError(
+            expected="DensePredictions",
+            got=describe(predictions),
+            where=where,
+            fix="return what DensePredictions.from_sides or one of its kin builds",
+        )
     logits, fix = predictions.logits, "concatenate all levels in one order for every field"
 
     def fault(name: str, expected: str, got: object) -> PredictionError:

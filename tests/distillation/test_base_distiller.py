@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd_assign import AuxiliaryHead, CrossHeadDistiller, Distiller, EndToEndDetector, functional
-from crosskd_assign.errors import IncompatibleDetectorsError, MissingTeacherError, OptionError
+from crosskd_assign.errors import IncompatibleDetectorsError, MissingTeacherError, OptionError, PredictionError
 from crosskd_assign.structures import ForwardPass
 from tests.makers.builders import TinyAdapter, TinyNetwork, random_images, random_targets, tiny_detector
 from tests.makers.small_models import backward, gradients, scene, small_fcos, small_retinanet, snapshot, total
@@ -133,6 +133,33 @@ def test_the_base_adds_prefix_and_weight_and_leaves_the_detectors_losses_alone()
         for name, loss in losses.items():
             expected = weight * usual[name] if name.startswith("distill_") else detectors[name]
             torch.testing.assert_close(loss, expected, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (torch.ones(()), "() torch.float32"),
+        (None, "NoneType"),
+        ({"far": torch.ones(2)}, "(2,) torch.float32 under 'far'"),
+        ({"near": torch.ones(()), "far": 1.0}, "float under 'far'"),
+    ],
+)
+def test_a_subclass_that_returns_no_dict_of_scalars_is_refused_by_name(returned, got):
+    class Returns(Distiller):
+        def distill(self, run: ForwardPass) -> Any:
+            return returned
+
+    with pytest.raises(PredictionError) as caught:
+        call(pair(Returns))
+    assert (caught.value.expected, caught.value.got) == ("a dict of scalar tensors", got)
+    assert caught.value.where == "Returns.distill()"
+
+
+def test_a_detector_that_was_trained_one_to_one_can_be_the_teacher():
+    student, teacher = tiny_detector(1), tiny_detector(2)
+    wrapped = OwnHeadImitation(student, EndToEndDetector(teacher))
+    assert wrapped.teacher is teacher
+    assert set(call(wrapped.train())) == set(call(OwnHeadImitation(student, teacher).train()))
 
 
 def test_distillation_reaches_the_detections_of_no_distiller():

@@ -37,7 +37,9 @@ def adapt(
     unused_parameters: Iterable[nn.Parameter] = (),
     **options: Any,
 ) -> DetectorAdapter:
-    """Return the adapter of a model: itself if it is one, the built-in one for torchvision's FCOS and RetinaNet.
+    """Return the adapter of a model: itself if it is one, its own if it is an `EndToEndDetector`, else a built-in one.
+
+    Built in are those of torchvision's FCOS and RetinaNet.
 
     With ``features`` and ``head`` two functions make an adapter of any other network.
 
@@ -80,9 +82,10 @@ def adapt(
             fix="give adapt(model, features=f, head=g, …), or the model alone",
         )
 
-    # 2. An adapter already.
-    if isinstance(model, DetectorAdapter):
-        return model
+    # 2. An adapter already, or what wraps one.
+    own = getattr(model, "adapter", model)
+    if isinstance(own, DetectorAdapter):
+        return own
 
     # 3. torchvision's. Importing its models takes a second, and detectors from elsewhere do not need them.
     from torchvision.models.detection import FCOS, RetinaNet  # noqa: PLC0415

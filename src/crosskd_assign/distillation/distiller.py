@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -12,9 +12,9 @@ from typing_extensions import Self, override
 
 from ..detectors import DetectorAdapter, Probe, adapt, measure_entry, probe_detector
 from ..end_to_end import EndToEndDetector
-from ..errors import IncompatibleDetectorsError, MissingTeacherError, OptionError
+from ..errors import IncompatibleDetectorsError, MissingTeacherError, OptionError, PredictionError
 from ..structures import Batch, DensePredictions, Detection, ForwardPass, Target
-from ..validation import validate_predictions
+from ..validation import describe, validate_predictions
 from .aligner import MatchedLevel, match_levels
 
 __all__ = ["Distiller"]
@@ -181,6 +181,7 @@ class Distiller(nn.Module, ABC):
             ImageError: Images are not float ``(3, H, W)`` tensors.
             TargetError: Targets cannot be trained on.
             MissingTeacherError: In training mode, without a teacher.
+            PredictionError: A head, or a subclass's `distill`, returned something else than it should.
         """
         if not self.training:
             return self.detector(images)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
@@ -188,12 +189,17 @@ class Distiller(nn.Module, ABC):
             self.teacher.eval()
         run = self.detector.run(images, targets, self.student_entry)
         losses = self.detector.losses(run)
-        distilled = {f"distill_{name}": self.distillation_weight * loss for name, loss in self.distill(run).items()}
-        return losses | distilled
+        distilled = self.distill(run)
+        _validate_losses(distilled, f"{type(self).__name__}.distill()")
+        return losses | {f"distill_{name}": self.distillation_weight * loss for name, loss in distilled.items()}
 
     @abstractmethod
     def distill(self, run: ForwardPass) -> dict[str, Tensor]:
-        """Compute the distillation losses of one pass of the student, by name; what a subclass writes."""
+        """Compute the distillation losses of one pass of the student; what a subclass writes.
+
+        Returns:
+            Scalar tensors by name, without the prefix and not yet weighted.
+        """
 
     def teacher_maps(self, batch: Batch) -> list[Tensor]:
         """Compute the teacher's maps at its entry, without a graph."""
@@ -230,6 +236,21 @@ class Distiller(nn.Module, ABC):
         model = self.teacher.model
         size = sum(parameter.numel() for parameter in model.parameters())
         return f"teacher={type(model).__name__} ({size / 1e6:.1f} M parameters, frozen)"
+
+
+def _validate_losses(losses: object, where: str) -> None:
+    """Raise `PredictionError` unless a subclass returned scalars by name."""
+    if isinstance(losses, Mapping):
+        wrong = {name: loss for name, loss in losses.items() if not isinstance(loss, Tensor) or loss.dim() > 0}
+        if not wrong:
+            return
+        name, loss = next(iter(wrong.items()))
+        got = f"{describe(loss)} under {name!r}"
+    else:
+        got = describe(losses)
+    raise PredictionError(
+        expected="a dict of scalar tensors", got=got, where=where, fix='return e.g. {"features": loss.mean()}'
+    )
 
 
 def _validate_branches(probe: Probe, needed: Iterable[str], where: str) -> None:
