@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .assignment import TaskAwareOneToManyAssigner
 from .detectors import DetectorAdapter, adapt, probe_detector
 from .distributed import normalizer_over_ranks
 from .losses import box_index, matched_targets
-from .structures import Assignment, ForwardPass, Target
+from .structures import Assignment, ForwardPass, Target, labelled
 from .validation import validate_option, validate_predictions
 
 __all__ = ["AuxiliaryHead"]
@@ -96,7 +96,7 @@ class AuxiliaryHead(nn.Module):
         validate_predictions(predictions, where=where, images=len(run.batch.images))
 
         # 2. Its points, and how positive each is.
-        targets = cast("list[Target]", run.targets)
+        predictions, targets = labelled(predictions, run.targets)
         assignment = self.assigner(predictions, targets)
         labels, boxes = matched_targets(assignment, targets)
         weights = _weights(assignment, targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from .detectors import DetectorAdapter, HeadEntry, PyramidEntry, adapt
 from .errors import DetectorError
 from .losses import OneToOneLoss
 from .postprocessing import top_detections
-from .structures import Assignment, Batch, DensePredictions, Detection, ForwardPass, Target
+from .structures import Assignment, Batch, DensePredictions, Detection, ForwardPass, Target, labelled
 from .transfer import Transfer
 from .validation import (
     validate_images,
+    validate_labels,
     validate_option,
     validate_pixels,
     validate_precision,
@@ -129,6 +130,7 @@ class EndToEndDetector(nn.Module):
             PredictionError: The adapter's predictions break their contract.
         """
         if self.training:
+            validate_labels(targets)
             return self.losses(self.run(images, targets))
         run = self.run(images)
         return self.detect(run.predictions, run.batch)
@@ -136,14 +138,14 @@ class EndToEndDetector(nn.Module):
     def run(
         self,
         images: Sequence[Tensor] | Tensor,
-        targets: Sequence[Target] | None = (),
+        targets: Sequence[Target | None] | None = (),
         entry: HeadEntry | None = None,
     ) -> ForwardPass:
         """Run the detector on images, and keep what losses may look at.
 
         Args:
             images: N tensors ``(3, H, W)`` in 0…1, of any sizes.
-            targets: In training mode, N targets.
+            targets: In training mode, N targets, None for an image without labels.
             entry: The point of the head whose maps are kept in `ForwardPass.maps`; its beginning by default.
 
         Raises:
@@ -172,7 +174,7 @@ class EndToEndDetector(nn.Module):
         return ForwardPass(batch, moved, features, maps, predictions)
 
     def losses(self, run: ForwardPass) -> dict[str, Tensor]:
-        """Compute the weighted losses of one pass.
+        """Compute the weighted losses of one pass; images without labels are left out.
 
         Returns:
             Those of ``loss`` and, where there is an auxiliary head, its own with the prefix ``auxiliary_``.
@@ -182,13 +184,13 @@ class EndToEndDetector(nn.Module):
             TargetError: A box or label has an impossible value.
         """
         # 1. One positive for each object. By then the sums have arrived with what the assigner waits for.
-        targets = cast("list[Target]", run.targets)  # validated: none is missing
+        predictions, targets = labelled(run.predictions, run.targets)
         sums = Transfer(_pixel_sums(run.batch))
-        assignment = self.assigner(run.predictions, targets)
+        assignment = self.assigner(predictions, targets)
         validate_pixels(sums.wait())
 
         # 2. The losses.
-        losses = self.loss(run.predictions, targets, assignment)
+        losses = self.loss(predictions, targets, assignment)
         if self.auxiliary is None:
             return losses
         return losses | {f"auxiliary_{name}": loss for name, loss in self.auxiliary(run).items()}

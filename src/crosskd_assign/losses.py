@@ -98,6 +98,8 @@ def box_index(assignment: Assignment, targets: Sequence[Target]) -> Tensor:
 
 def matched_targets(assignment: Assignment, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
     """Gather labels ``(M,)`` and boxes ``(M, 4)`` of the matched pairs of a batch."""
+    if not targets:  # no image has labels
+        return assignment.target, assignment.metric.new_zeros(0, 4)
     index = box_index(assignment, targets)
     return (
         torch.cat([target["labels"] for target in targets])[index],

@@ -11,7 +11,7 @@ Boxes are ``x1, y1, x2, y2`` in pixels of the padded batch image unless a docstr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +27,17 @@ from .geometry import (
     expected_distance,
 )
 
-__all__ = ["Assignment", "Batch", "DensePredictions", "Detection", "ForwardPass", "GridLevel", "Target", "Unit"]
+__all__ = [
+    "Assignment",
+    "Batch",
+    "DensePredictions",
+    "Detection",
+    "ForwardPass",
+    "GridLevel",
+    "Target",
+    "Unit",
+    "labelled",
+]
 
 Unit = Literal["stride", "pixel"]
 
@@ -298,6 +308,33 @@ class DensePredictions:
         return cls.from_sides(logits, sides, levels, unit=unit, quality=quality, distribution=bins)
 
 
+def labelled(predictions: DensePredictions, targets: Sequence[Target | None]) -> tuple[DensePredictions, list[Target]]:
+    """Leave out the images without labels, whose target is None.
+
+    Where none has labels, predictions of no image are left, of which every loss is a 0 with a gradient.
+
+    Returns:
+        Predictions and targets of the other images; the predictions themselves, if that is all of them.
+    """
+    known = [target for target in targets if target is not None]
+    if len(known) == len(targets):
+        return predictions, known
+    index = torch.tensor([i for i, target in enumerate(targets) if target is not None], dtype=torch.int64)
+    index = index.to(predictions.logits.device)
+
+    def part(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[index]
+
+    kept = replace(
+        predictions,
+        logits=predictions.logits[index],
+        boxes=predictions.boxes[index],
+        quality=part(predictions.quality),
+        distribution=part(predictions.distribution),
+    )
+    return kept, known
+
+
 def _points_and_strides(levels: Sequence[GridLevel], device: torch.device) -> tuple[Tensor, Tensor]:
     """Points ``(A, 2)`` and strides ``(A,)`` of all levels, in pixels."""
     points = torch.cat([level.points(device) for level in levels])
@@ -400,7 +437,7 @@ class ForwardPass:
 
     Attributes:
         batch: The images.
-        targets: N targets in pixels of the batch image; none while detecting.
+        targets: N targets in pixels of the batch image, None for an image without labels; none while detecting.
         features: The pyramid, L maps ``(N, *, H, W)``.
         maps: What the student brings to the teacher's head: the pyramid, or the maps behind the first convolutions of
             its own head.

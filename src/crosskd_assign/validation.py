@@ -20,6 +20,7 @@ __all__ = [
     "describe",
     "validate_choice",
     "validate_images",
+    "validate_labels",
     "validate_option",
     "validate_pixels",
     "validate_precision",
@@ -120,7 +121,10 @@ def validate_pixels(sums: Tensor) -> None:
 
 
 def validate_targets(targets: Sequence[Target | None] | None, images: Sequence[Tensor] | Tensor) -> None:
-    """Raise `TargetError` unless every image has a target of right keys, shapes, dtypes and device."""
+    """Raise `TargetError` unless every image has a target of right keys, shapes, dtypes and device.
+
+    None stands for an image without labels.
+    """
     if targets is None:
         raise TargetError(
             expected="targets in training mode",
@@ -136,10 +140,23 @@ def validate_targets(targets: Sequence[Target | None] | None, images: Sequence[T
             fix="pair every image with one",
         )
     for i, target in enumerate(targets):
-        _validate_target(target, i, images[i].device)
+        if target is not None:
+            _validate_target(target, i, images[i].device)
 
 
-def _validate_target(target: Target | None, i: int, device: torch.device) -> None:
+def validate_labels(targets: Sequence[Target | None] | None) -> None:
+    """Raise `TargetError` if an image has no labels, where nothing could be learnt from it."""
+    for i, target in enumerate(targets or ()):
+        if target is None:
+            raise TargetError(
+                expected="a target",
+                got="None, an image without labels",
+                where=f"targets[{i}]",
+                fix="leave the image out; only distillation learns from it; no objects: boxes of shape (0, 4)",
+            )
+
+
+def _validate_target(target: Target, i: int, device: torch.device) -> None:
     if not isinstance(target, Mapping) or not {"boxes", "labels"} <= target.keys():
         raise TargetError(
             expected='a dict with "boxes" and "labels"',

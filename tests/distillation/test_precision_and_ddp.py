@@ -191,30 +191,35 @@ CASES: dict[str, tuple[int, ...]] = {
     "fewer objects than ranks": (1, 0, 0, 0),
     "an auxiliary head": (2, 1, 3, 3),
     "inside the head": (2, 1, 3, 3),
+    "a rank without labels": (2, 1, 3, 3),
+    "images without labels": (2, 1, 3, 3),
 }
+# Of these, the images without labels of each rank.
+UNLABELLED = {"a rank without labels": ((), (0, 1)), "images without labels": ((0,), (1,))}
 
 
 def build(case: str) -> nn.Module:
     student = small_fcos(1)
-    if case == "detector":
-        return EndToEndDetector(student)
+    if case in ("detector", "an auxiliary head"):
+        return EndToEndDetector(student, auxiliary=AuxiliaryHead(student) if case == "an auxiliary head" else None)
     if case == "other channels":
         torch.manual_seed(0)
         return CrossHeadDistiller(student, small_retinanet(2, channels=64), alignment="none")
     if case == "inside the head":
         return CrossHeadDistiller(student, small_fcos(2), alignment="none", entry=1)
-    if case == "an auxiliary head":
-        return EndToEndDetector(student, auxiliary=AuxiliaryHead(student))
     if case == "statistics and features":
         return CrossHeadDistiller(student, small_fcos(2), feature_weight=1.0)
+    if case in UNLABELLED:
+        return CrossHeadDistiller(EndToEndDetector(student, auxiliary=AuxiliaryHead(student)), small_fcos(2))
     levels = 3 if case == "missing levels" else 5
     alignment: Any = "statistics" if case in ("statistics", "fewer objects than ranks") else "none"
     return CrossHeadDistiller(student, small_fcos(2, levels=levels), alignment=alignment, loss=CrossHeadLoss(quality=1))
 
 
-def half_batch(case: str, rank: int) -> tuple[list[Tensor], list[Target]]:
+def half_batch(case: str, rank: int) -> tuple[list[Tensor], list[Target | None]]:
     images, targets = scene(SIZE, boxes=CASES[case][2 * rank : 2 * rank + 2], seed=rank)
-    return images, targets
+    without = UNLABELLED.get(case, ((), ()))[rank]
+    return images, [None if i in without else target for i, target in enumerate(targets)]
 
 
 def work(rank: int, folder: str) -> None:

@@ -162,17 +162,18 @@ class Distiller(nn.Module, ABC):
 
     @overload
     def forward(
-        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target | None] | None
     ) -> dict[str, Tensor] | list[Detection]: ...
 
     def forward(
-        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target | None] | None = None
     ) -> dict[str, Tensor] | list[Detection]:
         """Compute losses in training mode, detections of the student in evaluation mode.
 
         Args:
             images: N tensors ``(3, H, W)`` in 0…1, of any sizes.
-            targets: In training mode, N targets.
+            targets: In training mode, N targets. None for an image without labels: it is distilled on, and no
+                background for the detector's own losses.
 
         Returns:
             In training mode the losses of `EndToEndDetector` and, with the prefix ``distill_``, those of `distill`.
