@@ -451,6 +451,6 @@ def test_neither_head_edits_what_the_other_sees():
 def test_an_auxiliary_head_of_another_detector_is_refused():
     model = small_fcos(1)
     for other in (small_fcos(1), small_retinanet(1)):
-        with pytest.raises(DetectorError, match="an auxiliary head of the same detector"):
+        with pytest.raises(DetectorError, match="auxiliary of the same detector"):
             EndToEndDetector(model, auxiliary=AuxiliaryHead(other))
     EndToEndDetector(adapt(model), auxiliary=AuxiliaryHead(model))  # another adapter of it is as good

@@ -39,7 +39,7 @@ FLOORS = [
     {"kernels"},
     {"functional"},
     {"assignment", "losses", "detectors"},
-    {"postprocessing", "auxiliary"},
+    {"postprocessing", "auxiliary", "selection"},
     {"end_to_end"},
     {"distillation"},
     {"diagnostics", "export", "testing"},

@@ -12,6 +12,7 @@ from .detectors import DetectorAdapter, ResizingAdapter, adapt
 from .distillation import CrossHeadDistiller, Distiller, fade, inherit
 from .end_to_end import EndToEndDetector
 from .losses import CrossHeadLoss, OneToOneLoss
+from .selection import SelectionBranch
 from .structures import DensePredictions, GridLevel
 from .version import __version__ as __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "GridLevel",
     "OneToOneLoss",
     "ResizingAdapter",
+    "SelectionBranch",
     "TaskAwareOneToOneAssigner",
     "adapt",
     "fade",

@@ -15,6 +15,7 @@ from .detectors import DetectorAdapter, HeadEntry, PyramidEntry, adapt
 from .errors import DetectorError
 from .losses import OneToOneLoss
 from .postprocessing import top_detections
+from .selection import SelectionBranch
 from .structures import Assignment, Batch, DensePredictions, Detection, ForwardPass, Target, labelled
 from .transfer import Transfer
 from .validation import (
@@ -46,13 +47,15 @@ class EndToEndDetector(nn.Module):
             callable of predictions and targets that returns an `Assignment`.
         loss: `OneToOneLoss` () by default, or any callable of predictions, targets and assignment that returns a dict.
         auxiliary: A second, one-to-many head on the same features, in training only.
+        selection: A branch that sees each score beside its neighbours' and multiplies it, for a detector that was
+            trained one-to-many. The score is the product then, and its quality branch is trained along.
         top_k: Detections returned for an image.
         score_threshold: Detections below this score are left out; 0 returns ``top_k`` for every image.
 
     Raises:
         OptionError: A number is out of range.
         UnknownDetectorError: No built-in adapter fits the model.
-        DetectorError: The auxiliary head is another detector's.
+        DetectorError: The auxiliary head or the selection branch is another detector's.
 
     Example:
         >>> import torch
@@ -73,6 +76,7 @@ class EndToEndDetector(nn.Module):
         assigner: Callable[[DensePredictions, Sequence[Target]], Assignment] | None = None,
         loss: Callable[[DensePredictions, Sequence[Target], Assignment], dict[str, Tensor]] | None = None,
         auxiliary: AuxiliaryHead | None = None,
+        selection: SelectionBranch | None = None,
         top_k: int = 100,
         score_threshold: float = 0.0,
     ) -> None:
@@ -82,20 +86,25 @@ class EndToEndDetector(nn.Module):
         self.adapter = adapt(model)
         self.assigner = TaskAwareOneToOneAssigner() if assigner is None else assigner
         self.loss = OneToOneLoss() if loss is None else loss
-        if auxiliary is not None and auxiliary.model is not self.model:
-            raise DetectorError(
-                expected="an auxiliary head of the same detector",
-                got=f"one of another {type(auxiliary.model).__name__}",
-                where="auxiliary",
-                fix="build both of one model: EndToEndDetector(model, auxiliary=AuxiliaryHead(model))",
-            )
+        for name, part in (("auxiliary", auxiliary), ("selection", selection)):
+            if part is not None and part.model is not self.model:
+                kind = type(part).__name__
+                raise DetectorError(
+                    expected=f"{name} of the same detector",
+                    got=f"one of another {type(part.model).__name__}",
+                    where=name,
+                    fix=f"build both of one model: EndToEndDetector(model, {name}={kind}(model))",
+                )
         self.auxiliary = auxiliary
+        self.selection = selection
         self.top_k = top_k
         self.score_threshold = score_threshold
-        # Only the auxiliary head needs the features after the detector's own head has run on them.
-        self._entry = PyramidEntry.unmeasured(edits_maps=auxiliary is not None and auxiliary.edits_features)
-        for parameter in self.adapter.unused_parameters():
-            parameter.requires_grad_(False)
+        # Only these need the features after the detector's own head has run on them.
+        edits_maps = any(part is not None and part.edits_features for part in (auxiliary, selection))
+        self._entry = PyramidEntry.unmeasured(edits_maps=edits_maps)
+        if selection is None:  # whose product has a quality branch in it
+            for parameter in self.adapter.unused_parameters():
+                parameter.requires_grad_(False)
 
     @property
     def model(self) -> nn.Module:
@@ -168,10 +177,16 @@ class EndToEndDetector(nn.Module):
         maps = entry.maps(self.adapter, features)
 
         # 3. The rest of the head.
-        own = [x.detach() for x in maps] if self.training and self.stops_gradient else maps
+        stops = self.training and self.stops_gradient
+        own = [x.detach() for x in maps] if stops else maps
         predictions = entry.predict(self.adapter, own, batch.image_size)
         validate_predictions(predictions, where=f"{type(self.adapter).__name__}.head()", images=len(batch.images))
+        predictions = self.select([x.detach() for x in features] if stops else features, predictions)
         return ForwardPass(batch, moved, features, maps, predictions)
+
+    def select(self, features: Sequence[Tensor], predictions: DensePredictions) -> DensePredictions:
+        """Multiply the scores by those of the selection branch; without one, return the predictions as they are."""
+        return predictions if self.selection is None else self.selection(features, predictions)
 
     def losses(self, run: ForwardPass) -> dict[str, Tensor]:
         """Compute the weighted losses of one pass; images without labels are left out.
@@ -196,7 +211,7 @@ class EndToEndDetector(nn.Module):
         return losses | {f"auxiliary_{name}": loss for name, loss in self.auxiliary(run).items()}
 
     def detect(self, predictions: DensePredictions, batch: Batch) -> list[Detection]:
-        """Select the ``top_k`` best detections of every image, in the coordinates of the images that came in."""
+        """Return the ``top_k`` best detections of every image, in the coordinates of the images that came in."""
         scores, boxes, labels = top_detections(predictions, self.top_k)
         detections: list[Detection] = []
         for s, b, label in zip(scores, boxes, labels, strict=True):

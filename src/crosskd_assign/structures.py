@@ -315,6 +315,12 @@ def labelled(predictions: DensePredictions, targets: Sequence[Target | None]) ->
 
     Returns:
         Predictions and targets of the other images; the predictions themselves, if that is all of them.
+
+    Example:
+        >>> p = DensePredictions(torch.zeros(2, 1, 3), torch.zeros(2, 1, 4), torch.zeros(1, 2), torch.ones(1))
+        >>> kept, targets = labelled(p, [None, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}])
+        >>> len(kept.logits), len(targets)
+        (1, 1)
     """
     known = [target for target in targets if target is not None]
     if len(known) == len(targets):

@@ -37,7 +37,7 @@ def predict(detector: TensorDetector, images: Tensor) -> list[Prediction]:
     else:
         sizes = ((images.shape[2], images.shape[3]),) * len(images)
         batch = Batch(images, sizes, sizes)
-    predictions = adapter.head(adapter.features(batch), batch.image_size)
+    predictions = detector.predict(batch)
     validate_predictions(predictions, where=f"{type(adapter).__name__}.head()", images=len(images))
     scores = at_least_float32(predictions.logits).sigmoid()  # (N, A, C)
     best = scores.max(dim=2)

@@ -10,7 +10,7 @@ from typing_extensions import override
 from ..distillation import Distiller
 from ..end_to_end import EndToEndDetector
 from ..postprocessing import top_detections
-from ..structures import Batch, Detection
+from ..structures import Batch, DensePredictions, Detection
 from ..validation import validate_choice
 
 __all__ = ["Preprocessing", "TensorDetector"]
@@ -48,7 +48,7 @@ class TensorDetector(nn.Module):
         super().__init__()
         validate_choice("preprocessing", preprocessing, ("inside", "outside"))
         student = detector.detector if isinstance(detector, Distiller) else detector
-        self.adapter = student.adapter
+        self.adapter, self.selection = student.adapter, student.selection
         self.top_k = student.top_k
         self.preprocessing = preprocessing
         self.training = student.training
@@ -67,9 +67,18 @@ class TensorDetector(nn.Module):
         batch, _ = self.adapter.preprocess([images.flatten(0, 1)])
         return Batch(batch.images.reshape(n, 3, *batch.images.shape[-2:]), batch.sizes, batch.original_sizes)
 
+    def predict(self, batch: Batch) -> DensePredictions:
+        """Predict on a prepared batch; scores are those that detections get."""
+        features = self.adapter.features(batch)
+        if self.selection is None:
+            return self.adapter.head(features, batch.image_size)
+        # On copies, because a head may edit the maps, and the branch reads them. A graph leaves needless ones out.
+        predictions = self.adapter.head([x.clone() for x in features], batch.image_size)
+        return self.selection(features, predictions)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
     def detect(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Detect on a prepared batch: ``boxes``, ``scores`` and ``labels``."""
-        predictions = self.adapter.head(self.adapter.features(batch), batch.image_size)
+        predictions = self.predict(batch)
         scores, boxes, labels = top_detections(predictions, self.top_k)
         together: Detection = {"boxes": boxes.flatten(0, 1), "scores": scores.flatten(), "labels": labels.flatten()}
         (restored,) = self.adapter.restore([together], batch)

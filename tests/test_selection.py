@@ -1,0 +1,295 @@
+"""`SelectionBranch`: its score maps against a loop, what it multiplies, what learns from it, and its export."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from crosskd_assign import AuxiliaryHead, CrossHeadDistiller, EndToEndDetector, SelectionBranch
+from crosskd_assign.errors import DetectorError, OptionError
+from crosskd_assign.export import TensorDetector
+from crosskd_assign.postprocessing import one_to_many_detections
+from crosskd_assign.selection import _score_maps, ranking_logits
+from crosskd_assign.structures import DensePredictions, Target
+from tests.makers.builders import TinyAdapter, TinyNetwork, random_images, tiny_detector
+from tests.makers.small_models import backward, gradients, scene, small_fcos, small_retinanet, snapshot, total
+
+SIZES = ((64, 90), (75, 64))
+MAKERS: dict[str, Any] = {"fcos": small_fcos, "retinanet": small_retinanet, "tiny": tiny_detector}
+each_kind = pytest.mark.parametrize("kind", MAKERS)
+
+
+def build(kind: str, **options: Any) -> EndToEndDetector:
+    model = MAKERS[kind](1)
+    torch.manual_seed(0)
+    return EndToEndDetector(model, selection=SelectionBranch(model), **options).train()
+
+
+def stirred(detector: EndToEndDetector) -> EndToEndDetector:
+    """The same with a branch that has learnt something."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in detector.selection.output.parameters():
+        parameter.data.normal_(std=0.5, generator=generator)
+    return detector
+
+
+def plain_predictions(detector: EndToEndDetector, images: list[Tensor]) -> DensePredictions:
+    return EndToEndDetector(detector.adapter).eval().run(images).predictions
+
+
+# --- the score it multiplies ------------------------------------------------------------------------------------------
+
+
+def test_ranking_logits_are_those_of_the_root_of_class_times_quality():
+    z = torch.linspace(-40, 40, 81, dtype=torch.float64).reshape(1, 81, 1)
+    o = torch.linspace(30, -30, 81, dtype=torch.float64).reshape(1, 81)
+    p = DensePredictions(z, torch.zeros(1, 81, 4), torch.zeros(81, 2), torch.ones(81), quality=o)
+    expected = (logsigmoid(z) + logsigmoid(o)[..., None]) / 2
+    torch.testing.assert_close(logsigmoid(ranking_logits(p)), expected, rtol=1e-6, atol=1e-6)
+    assert ranking_logits(replace(p, quality=None)) is z
+
+
+@each_kind
+def test_a_fresh_branch_changes_no_order_and_no_box(kind):
+    images, _ = scene(SIZES)
+    detector = build(kind, top_k=30).eval()
+    with torch.no_grad():
+        batch, _ = detector.adapter.preprocess(images)
+        before = plain_predictions(detector, images)
+        expected = one_to_many_detections(detector.adapter, before, batch, nms_threshold=None, top_k=30)
+        for found, best in zip(detector(images), expected, strict=True):
+            torch.testing.assert_close(found["scores"], best["scores"] / 2)  # σ(0) = ½
+            torch.testing.assert_close(found["boxes"], best["boxes"])
+            assert torch.equal(found["labels"], best["labels"])
+
+
+# --- what it reads ----------------------------------------------------------------------------------------------------
+
+
+def loop(best: list[Tensor], strides: list[int], i: int, a: int, y: int, x: int) -> list[float]:
+    """The five numbers of one point of the only image, cell by cell."""
+    z, (height, width) = float(best[i][0, a, y, x]), best[i].shape[-2:]
+
+    def highest(level: int, rows: range, columns: range) -> float:
+        h, w = best[level].shape[-2:]
+        places = [(r, c) for r in rows for c in columns if 0 <= r < h and 0 <= c < w]
+        return max(float(best[level][0, :, r, c].max()) for r, c in places)
+
+    numbers = [z / 4]
+    numbers += [z - highest(i, range(y - k, y + k + 1), range(x - k, x + k + 1)) for k in (1, 2)]
+    for j in (i - 1, i + 1):
+        if not 0 <= j < len(best):
+            numbers.append(z - highest(i, range(y, y + 1), range(x, x + 1)))
+        elif strides[j] < strides[i]:  # the finer cells that lie in this one
+            r = strides[i] // strides[j]
+            numbers.append(z - highest(j, range(r * y, r * y + r), range(r * x, r * x + r)))
+        else:  # the coarser cell that this one lies in
+            h, w = best[j].shape[-2:]
+            numbers.append(
+                z - highest(j, range(y * h // height, y * h // height + 1), range(x * w // width, x * w // width + 1))
+            )
+    return numbers
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["fine to coarse", "coarse to fine"])
+@pytest.mark.parametrize("anchors", [1, 2])
+def test_score_maps_are_distances_to_the_maxima_around(anchors, order):
+    strides, sizes = [8, 16, 64][::order], [(8, 12), (4, 6), (1, 2)][::order]
+    generator = torch.Generator().manual_seed(anchors)
+    best = [torch.randn(1, anchors, h, w, generator=generator) for h, w in sizes]
+    for i, made in enumerate(_score_maps(best, strides)):
+        assert made.shape == (1, 5 * anchors, *sizes[i])
+        for a in range(anchors):
+            for y in range(sizes[i][0]):
+                for x in range(sizes[i][1]):
+                    expected = torch.tensor(loop(best, strides, i, a, y, x))
+                    torch.testing.assert_close(made[0, a::anchors, y, x], expected)
+
+
+@pytest.mark.parametrize("sizes", [((7, 9), (4, 5), (2, 3)), ((5, 5), (3, 3), (1, 1))])
+def test_odd_sizes_are_brought_to_one_another(sizes):
+    best = [torch.randn(2, 1, h, w) for h, w in sizes]
+    assert [x.shape for x in _score_maps(best, [8, 16, 32])] == [(2, 5, h, w) for h, w in sizes]
+
+
+def test_no_gradient_runs_into_the_scores_it_reads():
+    detector = stirred(build("tiny"))
+    run = EndToEndDetector(detector.adapter).run(random_images(), [None, None])
+    logits = run.predictions.logits.detach().requires_grad_(True)
+    features = [x.detach() for x in run.features]
+    selected = detector.selection(features, replace(run.predictions, logits=logits, quality=None)).logits
+    (gradient,) = torch.autograd.grad(selected.sum(), logits)
+    # logit of σ(z) s, where s = σ(e) is a number: its slope is (1 − σ(z)) / (1 − σ(z) s).
+    p, q = logits.detach().sigmoid(), selected.detach().sigmoid()
+    torch.testing.assert_close(gradient, (1 - p) / (1 - q))
+
+
+# --- what learns ------------------------------------------------------------------------------------------------------
+
+
+@each_kind
+def test_a_frozen_detector_stays_as_it_is_while_the_branch_learns(kind):
+    detector = build(kind)
+    detector.model.requires_grad_(False)
+    before, images_and_targets = snapshot(detector.model), scene(((64, 64),) * 2)
+    optimizer = torch.optim.Adam([p for p in detector.parameters() if p.requires_grad], lr=1e-2)
+    history = []
+    for _ in range(12):
+        losses = detector(*images_and_targets)
+        optimizer.zero_grad()
+        losses["classification"].backward()
+        optimizer.step()
+        history.append(float(losses["classification"].detach()))
+    assert history[-1] < 0.9 * history[0]
+    assert all(
+        torch.equal(x, before[name]) for name, x in snapshot(detector.model).items() if "num_batches" not in name
+    )
+
+
+@pytest.mark.parametrize("kind", ["fcos", "tiny"])
+def test_a_quality_branch_learns_with_it_and_is_frozen_without(kind):
+    for detector, learns in ((build(kind), True), (EndToEndDetector(MAKERS[kind](1)), False)):
+        backward(detector(*scene(SIZES)))
+        unused = {id(p) for p in detector.adapter.unused_parameters()}
+        assert unused
+        assert all((p.grad is not None) is learns for p in detector.parameters() if id(p) in unused)
+        assert set(gradients(detector)) == {name for name, p in detector.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["fcos", "retinanet"])
+def test_it_is_a_part_of_the_student_and_of_no_teacher(kind):
+    detector = stirred(build(kind))
+    assert any(name.startswith("selection.") for name in detector.state_dict())
+    assert not any("selection" in name for name in detector.model.state_dict())
+    teacher = CrossHeadDistiller(small_fcos(2), detector).teacher
+    assert not any("selection" in name for name, _ in teacher.named_parameters())
+    twin = copy.deepcopy(detector).eval()
+    assert twin.selection.model is twin.model
+    images, _ = scene(SIZES)
+    torch.testing.assert_close(twin(images), detector.eval()(images))
+
+
+def test_distillation_and_an_auxiliary_head_are_what_they_were():
+    student = small_fcos(1)
+    torch.manual_seed(0)
+    auxiliary = AuxiliaryHead(student)
+    images, targets = scene(SIZES)
+    losses = []
+    for selection in (None, SelectionBranch(student)):
+        detector = EndToEndDetector(student, auxiliary=auxiliary, selection=selection)
+        losses.append(CrossHeadDistiller(detector, small_fcos(2))(images, targets))
+    without, with_branch = losses
+    assert set(without) == set(with_branch)
+    for name in without:
+        if name.startswith(("distill_", "auxiliary_")):
+            torch.testing.assert_close(with_branch[name], without[name])
+    assert with_branch["classification"] != without["classification"]
+
+
+def test_it_reads_maps_that_a_head_edits_afterwards():
+    class Edits(TinyAdapter):
+        def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+            return super().head([x.relu_() for x in features], image_size)
+
+    class Copies(TinyAdapter):
+        def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+            return super().head([x.relu() for x in features], image_size)
+
+    found = []
+    for kind in (Edits, Copies):
+        torch.manual_seed(0)
+        adapter = kind(TinyNetwork())
+        detector = stirred(EndToEndDetector(adapter, selection=SelectionBranch(adapter))).eval()
+        image = random_images(1)
+        found.append((detector(image)[0]["scores"], TensorDetector(detector)(torch.stack(image))[1][0]))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(*found[0])
+
+
+def test_levels_of_unequal_channels_have_a_convolution_each():
+    class Uneven(TinyAdapter):
+        def features(self, batch: Any) -> list[Tensor]:
+            first, *rest = super().features(batch)
+            return [first.repeat(1, 2, 1, 1), *rest]
+
+        def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+            return super().head([features[0][:, :8], *features[1:]], image_size)
+
+    adapter = Uneven(TinyNetwork())
+    detector = EndToEndDetector(adapter, selection=SelectionBranch(adapter))
+    assert [x.in_channels for x in detector.selection.lateral] == [16, 8, 8]
+    targets = [Target(boxes=torch.tensor([[8.0, 8, 40, 40]]), labels=torch.tensor([1]))] * 2
+    assert torch.isfinite(total(detector(random_images(), targets)))
+
+
+def test_half_precision_gives_the_same_scores():
+    images, _ = scene(SIZES)
+    detector = stirred(build("fcos")).eval()
+    exact = detector(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = detector(images)
+    torch.testing.assert_close(rough[0]["scores"], exact[0]["scores"], atol=0.03, rtol=0.1)
+
+
+def test_a_map_of_one_cell_of_one_image_works():
+    images, targets = scene(((64, 64),))
+    assert torch.isfinite(total(build("retinanet")(images, targets)))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_detector_without_grids_is_refused():
+    class NoGrid(TinyAdapter):
+        def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+            return replace(super().head(features, image_size), levels=None)
+
+    with pytest.raises(DetectorError, match="no grids"):
+        SelectionBranch(NoGrid(TinyNetwork()))
+
+
+def test_a_branch_of_another_detector_and_a_bad_width_are_refused():
+    with pytest.raises(DetectorError, match=r"EndToEndDetector\(model, selection=SelectionBranch\(model\)\)"):
+        EndToEndDetector(small_fcos(1), selection=SelectionBranch(small_fcos(1)))
+    for width in (0, 4, 30):
+        with pytest.raises(OptionError, match="multiples of 8"):
+            SelectionBranch(small_fcos(1), width=width)
+    with pytest.raises(DetectorError, match="no grids"):
+        SelectionBranch(Bare(nn.Conv2d(3, 4, 1)))
+
+
+class Bare(TinyAdapter):
+    """Predicts at points, not on grids."""
+
+    def features(self, batch: Any) -> list[Tensor]:
+        return [self.model(batch.images[..., ::8, ::8])]
+
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+        n, (h, w) = len(features[0]), features[0].shape[-2:]
+        points = torch.rand(h * w, 2)
+        return DensePredictions(torch.zeros(n, h * w, 3), torch.zeros(n, h * w, 4), points, torch.full((h * w,), 8.0))
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fcos", "retinanet"])
+def test_an_onnx_file_detects_what_the_detector_detects(kind, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from crosskd_assign.export import export_onnx
+
+    model = MAKERS[kind](1, levels=3)
+    detector = stirred(EndToEndDetector(model, selection=SelectionBranch(model), top_k=20)).eval()
+    export_onnx(detector, tmp_path / "model.onnx")  # verified there against the detector, for several sizes
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    image = scene(((200, 260),))[0][0]
+    _, scores, _ = session.run(["boxes", "scores", "labels"], {"images": image[None].numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores)[0], detector([image])[0]["scores"], atol=1e-5, rtol=0)
