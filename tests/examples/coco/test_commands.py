@@ -11,7 +11,8 @@ import evaluate
 import predict
 import pytest
 import torch
-from coco_example.data.reader import locate_split, read_coco
+from coco_example.data.layouts import locate_split
+from coco_example.data.reader import read_coco
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import Detector
 from coco_example.evaluation.evaluation import evaluate as score
