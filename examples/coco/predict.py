@@ -201,7 +201,8 @@ def run(options: argparse.Namespace) -> tuple[int, int, list[str]]:
                 boxes, scores = strong["boxes"].tolist(), strong["scores"].tolist()
                 file.add({"image": str(paths[n]), "boxes": boxes, "scores": scores, "names": names})
                 objects += len(names)
-                title = f"{paths[n].name}: {len(names)} found"
+                name = paths[n].name.encode(errors="replace").decode()  # a file's name need not be text
+                title = f"{name}: {len(names)} found"
                 draw_predictions(pictures[n], [image], [(title, [strong])], class_names, 0.0)
         return file.rows, objects, failures
 

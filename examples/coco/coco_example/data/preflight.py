@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from coco_example.data.annotations import Annotations
 from coco_example.data.augmentation import THIN
@@ -53,25 +55,24 @@ def judge_boxes(index: CocoIndex, split: str, *, top_k: int = 100) -> list[str]:
     content, report = index.annotations, index.report
     crowds, boxes = int(content.crowd.sum()), len(content.crowd)
     dropped = report.degenerate_dropped + report.outside_dropped
-    cause = _cause(content)
+    causes = f"{report.degenerate_dropped:,} thinner than a pixel, {report.outside_dropped:,} outside their picture"
+    suspicion = _suspicion(content)
     for name, count in (("images", report.images), ("categories", len(index.categories)), ("boxes", report.boxes)):
         if count == 0:
-            counts = (
-                f" of {boxes:,} ({crowds:,} crowds, {dropped:,} dropped){cause}" if name == "boxes" and boxes else ""
-            )
+            left = f" of {boxes:,} that can be used, {crowds:,} crowds, {causes}" if name == "boxes" and boxes else ""
             raise DataError(
                 expected=f"{split} {name}",
-                got=f"none{counts}",
+                got="; ".join(filter(None, (f"none{left}", suspicion))),
                 where=str(content.file),
                 fix="see that it is the right file, and that bbox is [x, y, width, height] in pixels of the picture",
             )
 
     # 2. Boxes that are likely wrong, or not found for sure.
-    candidates = boxes - crowds
     warnings = []
-    if dropped >= _LARGE * candidates or cause:
-        counts = f"{report.degenerate_dropped:,} thinner than a pixel, {report.outside_dropped:,} outside their picture"
-        warnings.append(f"{_share(dropped, candidates)} are dropped: {counts}{cause}")
+    if dropped >= _LARGE * (boxes - crowds):
+        warnings.append(f"{_share(dropped, boxes - crowds)} are dropped: {causes}")
+    if suspicion:
+        warnings.append(suspicion)
     if content.unknown:
         lost = int((content.label > len(content.categories)).sum())
         names = ", ".join(map(str, content.unknown[:5])) + (", …" if len(content.unknown) > 5 else "")
@@ -96,7 +97,7 @@ def judge_pictures(index: CocoIndex, *, decode: bool = False, limit: int | None 
     check_pictures([record.path for record in records], sizes, decode=decode)
 
 
-def _cause(content: Annotations) -> str:
+def _suspicion(content: Annotations) -> str:
     """Name the likely cause of boxes that do not fit their pictures, if there is one."""
     # 1. Boxes and pictures that can be judged.
     finite = ~content.crowd & np.isfinite(content.xywh).all(axis=1)
@@ -106,33 +107,27 @@ def _cause(content: Annotations) -> str:
     if len(boxes) == 0:
         return ""
 
-    # 2. Fractions of the picture, or two corners.
+    # 2. Fractions of the picture, two corners, or pixels of another picture.
     fractions = (boxes < 1.5).all(axis=1) & (limit > 1.5).any(axis=1)
-    out = _outside(boxes, limit)
+    out = (boxes[:, :2] + boxes[:, 2:] > 1.01 * limit + 2).any(axis=1)  # by more than rounding
     corners = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (boxes[:, 2:] <= limit + 1).all(axis=1)
     if fractions.mean() >= _LARGE:
-        return f"; {fractions.mean():.0%} look like fractions of the picture, where pixels are expected"
-    if out.mean() >= _LARGE and corners.mean() >= 1 - _LARGE:
-        return "; they look like two corners, x1 y1 x2 y2, where x, y, width and height are expected"
-    if out.mean() >= 0.5:
-        return f"; {out.mean():.0%} reach out of their picture, as those of a picture of another size do"
+        return f"{_share(fractions.sum(), len(boxes))} look like fractions of the picture, where pixels are expected"
+    if out.mean() >= _LARGE and corners.mean() > 1 - _LARGE:
+        return f"{_share(corners.sum(), len(boxes))} look like x1, y1, x2, y2, where x, y, width, height are expected"
+    if out.mean() >= _LARGE:
+        return f"{_share(out.sum(), len(boxes))} reach out of their picture, as after resizing pictures without boxes"
     return ""
-
-
-def _outside(boxes: NDArray[np.float64], limit: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Mark boxes that reach out of their picture by more than 2 pixels and a hundredth."""
-    reach = boxes[:, :2] + boxes[:, 2:] - limit
-    return np.asarray((reach > 2 + 0.01 * limit).any(axis=1))
 
 
 def _vanishing(index: CocoIndex, size: int, short_side: int) -> list[str]:
     """Judge how many boxes are too thin to train on once the images are resized."""
-    lost = 0
-    for record in index.records:
-        longer, shorter = max(record.width, record.height), min(record.width, record.height)
-        factor = min(size / longer, short_side / shorter if short_side else np.inf)
-        sides = (record.boxes[:, 2:] - record.boxes[:, :2]) * factor
-        lost += int((sides < THIN).any(dim=1).sum())
+    sides = torch.tensor([[record.width, record.height] for record in index.records])  # (images, 2)
+    longer, shorter = sides.amax(dim=1), sides.amin(dim=1)
+    factor = size / longer if short_side == 0 else torch.minimum(size / longer, short_side / shorter)
+    factor = factor.repeat_interleave(torch.tensor([len(record.boxes) for record in index.records]))
+    corners = torch.cat([record.boxes for record in index.records])
+    lost = int(((corners[:, 2:] - corners[:, :2]) * factor[:, None] < THIN).any(dim=1).sum())
     file, boxes = index.annotations.file, index.report.boxes
     if lost == boxes:
         raise DataError(
@@ -157,7 +152,7 @@ def _shared(train: CocoIndex, val: CocoIndex) -> list[str]:
     return [f"validation data: {both:,} of {len(again):,} pictures are trained on, too; scores say little about others"]
 
 
-def _share(part: int, whole: int) -> str:
+def _share(part: int | np.integer[Any], whole: int) -> str:
     return f"{part:,} of {_count(whole, 'box', 'boxes')} ({part / max(1, whole):.1%})"
 
 
