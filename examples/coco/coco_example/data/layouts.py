@@ -6,6 +6,7 @@ A split has its own annotation file and its own folder of pictures, which file n
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Literal, TypeAlias
@@ -116,27 +117,36 @@ def find_pictures(folder: Path, names: Sequence[str], file: Path) -> list[Path]:
     """Find the pictures of an annotation file, without opening any.
 
     Names may have the separators of any system, and begin with the name of ``folder`` itself. Where no file has the
-    very name, one counts that differs in capitals or in how accents are composed.
+    very name, one counts that differs in capitals or in how accents are composed, and then one of the same last part:
+    the rest may be a path of the system that wrote it.
 
     Raises:
-        DataError: If a name leads out of ``folder``, or a picture is missing.
+        DataError: If a name leads out of ``folder`` to a picture that is not in it, or a picture is missing.
     """
-    # 1. No path leaves the folder.
-    parts = []
-    for n, name in enumerate(names):
-        pure = PureWindowsPath(name)  # knows the separators of every system
-        if pure.anchor or ".." in pure.parts:
+    # 1. Find each picture by its path, unless that leads out of the folder.
+    listing = _Listing(folder)
+    pures = [PureWindowsPath(name) for name in names]  # knows the separators of every system
+    outside = [bool(pure.anchor) or ".." in pure.parts for pure in pures]
+    found = [
+        None if out else listing.find(name, pure.parts) for name, pure, out in zip(names, pures, outside, strict=True)
+    ]
+
+    # 2. Find the others by the last part of their paths, if each of them is another one.
+    last = [
+        listing.find(pure.name, (pure.name,)) if path is None else path for pure, path in zip(pures, found, strict=True)
+    ]
+    claims = Counter(last)
+    found = [path if path is not None or claims[other] > 1 else other for path, other in zip(found, last, strict=True)]
+
+    # 3. Name those that are not there.
+    for n, path in enumerate(found):
+        if path is None and outside[n]:
             raise DataError(
                 expected=f"file_name to stay inside {folder}",
-                got=repr(name),
+                got=repr(names[n]),
                 where=f"images[{n}] of {file}",
                 fix="make it relative to that folder",
             )
-        parts.append(pure.parts)
-
-    # 2. Find each of them.
-    listing = _Listing(folder)
-    found = [listing.find(name, pieces) for name, pieces in zip(names, parts, strict=True)]
     missing = [name for name, path in zip(names, found, strict=True) if path is None]
     if missing:
         raise DataError(

@@ -91,6 +91,9 @@ class TestLocateSplit:
         ("train/1.png", "train/1.png"),  # unless it is one of its folders
         ("a\\b.png", "a\\b.png"),  # on this system, a name like any other
         ("IMG_1.JPG", "img_1.jpg"),
+        ("..\\..\\label-studio\\media\\upload\\4\\1.png", "1.png"),  # Label Studio on Windows, from 1.16 on
+        ("/home/alice/pictures/1.png", "1.png"),  # absolute, as FiftyOne and labelme2coco write on demand
+        ("train\\1/1.png", "1.png"),  # Label Studio before, with the number of the project
         (unicodedata.normalize("NFC", "fußgänger.png"), unicodedata.normalize("NFD", "fußgänger.png")),
     ],
 )
@@ -99,6 +102,17 @@ def test_file_names_of_other_systems_are_understood(tmp_path, name, file):
     (images / file).parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (160, 120)).save(images / file)
     assert read_coco(images, annotations).records[0].path == images / file
+
+
+def test_two_names_of_other_folders_are_not_one_picture(tmp_path):
+    entries = [{**image(n), "file_name": f"{n}/a.png"} for n in (1, 2)]
+    images, annotations = write_dataset(tmp_path, document(entries), files=False)
+    Image.new("RGB", (160, 120)).save(images / "a.png")
+    with pytest.raises(DataError, match=r"2 missing: 1/a\.png, 2/a\.png"):
+        read_coco(images, annotations)
+    (images / "2").mkdir()
+    Image.new("RGB", (160, 120)).save(images / "2" / "a.png")
+    assert [record.path for record in read_coco(images, annotations).records] == [images / "a.png", images / "2/a.png"]
 
 
 def test_a_name_that_could_be_two_files_is_missing(tmp_path):
