@@ -75,14 +75,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    # 1. Score.
     try:
+        # 1. The detector, and images in its classes.
         detector, labels, classes, described = load_detector(options)
         folder, file = locate_split(options.data_path, options.split, options.annotations, options.images)
         index = read_coco(folder, file, classes)
-        warnings = judge_boxes(index, options.split, top_k=detector.top_k)
-        judge_pictures(index, limit=options.limit)
         categories = index.label_to_category if classes else labels
+        for warning in judge_boxes(index, options.split, top_k=detector.top_k):
+            print(f"warning: {warning}", file=sys.stderr)
+        judge_pictures(index, limit=options.limit)
+
+        # 2. Score.
         found = detect(
             detector,
             CocoDataset(index),
@@ -96,9 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    # 2. Report.
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    # 3. Report.
     print(index.report)
     print(table([("without NMS", result.plain, result.duplicates), ("with NMS", result.nms, result.duplicates_nms)]))
     if options.output is not None:

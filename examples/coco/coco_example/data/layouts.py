@@ -81,8 +81,8 @@ def locate_split(
                 expected=f"an annotation file of the {split} split",
                 got=f"one export of {program} that is not divided, {name}",
                 where=str(root),
-                fix=f"export a {split} split, too, and name it: train.py with --val-annotations FILE --val-images "
-                "FOLDER, evaluate.py with --annotations FILE --images FOLDER",
+                fix=f"name a {split} split: train.py with --val-annotations FILE --val-images FOLDER, evaluate.py with "
+                "--annotations FILE --images FOLDER, or with --split train for this one",
             )
     raise _nothing_there(layouts[:2], split)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from coco_example.data.annotations import Category
-from coco_example.data.values import Identifier
+from coco_example.data.values import Identifier, key_of
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import Detector
 from coco_example.models.detectors import torchvision_detector
@@ -55,9 +55,14 @@ def load_teacher(
             where=reference,
             fix="train it with --arm one-to-many",
         )
-    ids = {category.name: category.id for category in classes}
-    named = {label: ids[name] for label, name in spec.label_to_name.items() if name in ids}
-    return model, named if classes else spec.label_to_category
+    if not classes:
+        return model, spec.label_to_category
+    same = {(key_of(category.id), category.name): category.id for category in classes}
+    named = {category.name: category.id for category in classes}
+    pairs = [
+        (label, same.get((key_of(i), name), named.get(name))) for label, (i, name) in enumerate(spec.categories, 1)
+    ]
+    return model, {label: category for label, category in pairs if category is not None}
 
 
 def python_detector(reference: str) -> tuple[DetectorAdapter, dict[int, Identifier]]:
