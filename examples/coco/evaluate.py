@@ -39,12 +39,13 @@ def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Iden
         The detector, the category id of each of its labels, its classes if they have names, and what describes it.
     """
     ranking: Ranking = "class" if options.class_score else "class_quality"
+    given = options.top_k
     if options.run is None:
         own, labels = python_detector(options.detector)
-        detector = Detector(own.to(options.device), ranking, options.top_k or Detector.top_k)
+        detector = Detector(own.to(options.device), ranking, Detector.top_k if given is None else given)
         return detector, labels, None, options.detector
     model, spec = load_model(options.run)
-    adapter, top_k = adapt(model.to(options.device)), options.top_k or spec.model.top_k
+    adapter, top_k = adapt(model.to(options.device)), spec.model.top_k if given is None else given
     detector = Detector(adapter, ranking if spec.one_to_many else "class", top_k)
     return detector, spec.label_to_category, [Category(*category) for category in spec.categories], spec.as_flat()
 

@@ -56,7 +56,7 @@ def export(
         )
     transform: Any = model.transform
     return export_onnx(
-        EndToEndDetector(model, top_k=top_k or spec.model.top_k),
+        EndToEndDetector(model, top_k=spec.model.top_k if top_k is None else top_k),
         path,
         image_size=image_size,
         preprocessing=preprocessing,

@@ -30,6 +30,7 @@ from torchvision.transforms import v2
 from crosskd_assign import adapt
 from crosskd_assign.errors import CrossKDError
 from crosskd_assign.structures import Detection
+from crosskd_assign.validation import validate_option
 
 __all__ = ["find_images", "main", "picture_paths", "read_image"]
 
@@ -96,13 +97,17 @@ def load_detector(options: argparse.Namespace) -> tuple[Detect, dict[int, str]]:
 
     Raises:
         RunError: There is no finished run or readable file.
+        OptionError: ``--top-k`` is below 1.
     """
+    if options.top_k is not None:
+        validate_option("top_k", options.top_k, low=1)
     if options.model is not None:
         exported = OnnxDetector(options.model)
         return exported, exported.class_names
     model, spec = load_model(options.run)
     ranking: Ranking = "class_quality" if spec.one_to_many else "class"
-    detector = Detector(adapt(model.to(options.device)), ranking, options.top_k or spec.model.top_k)
+    top_k = spec.model.top_k if options.top_k is None else options.top_k
+    detector = Detector(adapt(model.to(options.device)), ranking, top_k)
     nms_threshold = NMS_THRESHOLD if spec.one_to_many else None  # only a one-to-many detector needs it
     return partial(detector.detect, nms_threshold=nms_threshold), spec.label_to_name
 

@@ -200,6 +200,16 @@ def test_the_limit_of_a_run_is_that_of_every_command(workshop, scenes_folder, tm
         assert export.export(run, tmp_path / "a.onnx", top_k=options.top_k) == count
 
 
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_a_limit_below_one_ends_with_a_sentence(student, scenes_folder, tmp_path, capsys, top_k):
+    last = ["--top-k", top_k]
+    assert call(predict, "--run", student, "--output", tmp_path / "out", scenes_folder / "val", *last) == 2
+    assert call(evaluate, "--run", student, "--data-path", scenes_folder, *last) == 2
+    assert call(export, student, "--output", tmp_path / "a.onnx", *last) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in errors] == [f"error: Expected top_k of at least 1, but got {top_k}"] * 3
+
+
 def test_ten_times_as_many_candidates_enter_nms():
     model = build_detector(ModelOptions(size=256), 3).eval()
     for top_k in (100, 300):

@@ -24,6 +24,7 @@ _MOST_PIXELS = 178_956_970
 Image.MAX_IMAGE_PIXELS = None
 
 _THREADS = 8  # reading headers waits for the disk, and decoding leaves Python free
+_HUGE = 50_000_000  # pixels; several at a time might fill the memory
 
 
 def read_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
@@ -58,13 +59,13 @@ def check_pictures(paths: Sequence[Path], sizes: Sequence[tuple[int, int]], *, d
         DataError: The first that `read_picture` would raise.
     """
     check = read_picture if decode else _check_file
-    with ThreadPoolExecutor(_THREADS) as pool:
+    huge = decode and any(width * height > _HUGE for width, height in sizes)
+    with ThreadPoolExecutor(1 if huge else _THREADS) as pool:
         try:
             for _ in pool.map(check, paths, sizes):
                 pass
-        except DataError:
-            pool.shutdown(cancel_futures=True)  # the first is enough
-            raise
+        finally:
+            pool.shutdown(cancel_futures=True)  # after one that is wrong, the others need no look
 
 
 def _check_file(path: Path, size: tuple[int, int]) -> None:

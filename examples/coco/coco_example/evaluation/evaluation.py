@@ -21,6 +21,7 @@ from crosskd_assign.detectors.probing import evaluation_mode
 from crosskd_assign.diagnostics import DuplicateReport, duplicate_report
 from crosskd_assign.postprocessing import one_to_many_detections
 from crosskd_assign.structures import Batch, Detection, Target
+from crosskd_assign.validation import validate_option
 
 __all__ = ["NMS_THRESHOLD", "Detector", "Evaluation", "Found", "detect", "evaluate", "on_cpu", "score", "table"]
 
@@ -43,6 +44,9 @@ class Detector:
     adapter: DetectorAdapter
     ranking: Ranking = "class"
     top_k: int = 100
+
+    def __post_init__(self) -> None:
+        validate_option("top_k", self.top_k, low=1)
 
     @property
     def device(self) -> torch.device:
