@@ -30,10 +30,18 @@ def export(
     *,
     image_size: tuple[int, int] | None = None,
     preprocessing: Preprocessing = "inside",
-    top_k: int = 100,
+    top_k: int | None = None,
     opset: int = 18,
 ) -> ExportReport:
     """Export the detector of a run, with the names of its classes and the size it was trained at, in pixels.
+
+    Args:
+        run: The run's folder.
+        path: The file to write.
+        image_size: Height and width of all images, or None for any.
+        preprocessing: Whether the file resizes images itself.
+        top_k: Detections of an image; None: the run's.
+        opset: ONNX operator set.
 
     Raises:
         RunError: There is no finished run, or its detector needs NMS.
@@ -48,7 +56,7 @@ def export(
         )
     transform: Any = model.transform
     return export_onnx(
-        EndToEndDetector(model, top_k=top_k),
+        EndToEndDetector(model, top_k=spec.model.top_k if top_k is None else top_k),
         path,
         image_size=image_size,
         preprocessing=preprocessing,
@@ -77,7 +85,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="inside",
         help="inside: images as they come; outside: already resized and padded (inside)",
     )
-    parser.add_argument("--top-k", type=int, default=100, help="detections an image (100)")
+    parser.add_argument("--top-k", type=int, default=None, help="detections of an image (the run's)")
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set (18)")
     return parser.parse_args(arguments)
 

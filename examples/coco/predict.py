@@ -7,36 +7,40 @@ python examples/coco/predict.py --model student.onnx --output runs/demo/pictures
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from coco_example.data.pictures import read_picture
 from coco_example.errors import RunError
-from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, on_cpu
+from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, on_cpu
 from coco_example.evaluation.onnx_detector import OnnxDetector
 from coco_example.figures.draw import draw_predictions
-from coco_example.files import write_json
 from coco_example.models.saved_model import load_model
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from crosskd_assign import adapt
 from crosskd_assign.errors import CrossKDError
 from crosskd_assign.structures import Detection
+from crosskd_assign.validation import validate_option
 
-__all__ = ["find_images", "load_run", "main", "picture_paths", "read_image"]
+__all__ = ["find_images", "main", "picture_paths", "read_image"]
+
+Detect: TypeAlias = Callable[[Sequence[Tensor]], list[Detection]]
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """List image files among ``paths`` and in the folders among them, sorted within each folder.
+    """List image files among ``paths``, and those in the folders among them that are not hidden, sorted in each.
 
     Raises:
         RunError: A path does not exist, or there is no image at all.
@@ -45,10 +49,15 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise RunError(expected="pictures or folders", got="nothing there", where=f"{path}", fix="check the path")
-        found += [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        found += [path] if path.is_file() else sorted(filter(_is_image, path.iterdir()))
     if not found:
         raise RunError(expected="pictures", got="none", where=", ".join(map(str, paths)), fix="name a folder of images")
     return found
+
+
+def _is_image(path: Path) -> bool:
+    """Whether it is called an image, and not hidden, as the notes that macOS leaves beside files are."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:
@@ -77,34 +86,69 @@ def read_image(path: Path) -> Tensor:
     """Read the pixels of an image file, ``(3, H, W)`` float32 in 0…1.
 
     Raises:
-        RunError: It is no readable image.
+        DataError: It is no readable image.
     """
-    try:
-        with Image.open(path) as image:
-            pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
-    except Exception as error:  # damaged files raise nearly anything
-        raise RunError(
-            expected="a readable image", got=f"{error}", where=f"{path}", fix="replace or remove it"
-        ) from error
-    scaled: Tensor = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    scaled: Tensor = v2.functional.to_dtype(read_picture(path), torch.float32, scale=True)
     return scaled
 
 
-def load_run(run: Path, device: str) -> tuple[Callable[[Sequence[Tensor]], list[Detection]], dict[int, str]]:
-    """Load the detector of a run, and the name of each of its labels.
+def load_detector(options: argparse.Namespace) -> tuple[Detect, dict[int, str]]:
+    """Load the detector of a run or an exported file, and the name of each of its labels.
 
     Raises:
-        RunError: The folder holds no finished run.
+        RunError: There is no finished run or readable file.
+        OptionError: ``--top-k`` is below 1.
     """
-    model, spec = load_model(run)
-    detector = Detector(adapt(model.to(device)), ranking="class_quality" if spec.one_to_many else "class")
+    if options.top_k is not None:
+        validate_option("top_k", options.top_k, low=1)
+    if options.model is not None:
+        exported = OnnxDetector(options.model)
+        return exported, exported.class_names
+    model, spec = load_model(options.run)
+    ranking: Ranking = "class_quality" if spec.one_to_many else "class"
+    top_k = spec.model.top_k if options.top_k is None else options.top_k
+    detector = Detector(adapt(model.to(options.device)), ranking, top_k)
     nms_threshold = NMS_THRESHOLD if spec.one_to_many else None  # only a one-to-many detector needs it
     return partial(detector.detect, nms_threshold=nms_threshold), spec.label_to_name
 
 
-def above(detection: Detection, threshold: float) -> Detection:
-    """Leave out detections that score less than a threshold."""
-    keep = detection["scores"] >= threshold
+def detect_each(detect: Detect, images: Sequence[Tensor]) -> list[Detection | CrossKDError]:
+    """Detect in images together, or else in each alone, with what is wrong in the place of its detections."""
+    try:
+        return [*detect(images)] if images else []
+    except CrossKDError as error:
+        return [error] if len(images) == 1 else [found for image in images for found in detect_each(detect, [image])]
+
+
+class RowFile:
+    """A JSON array in a file, which is complete after every row that is added.
+
+    Args:
+        path: The file, replaced if it is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._file.write(b"[\n]\n")
+        self.rows = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one more row."""
+        self._file.seek(-2 if self.rows == 0 else -3, os.SEEK_END)
+        # A file name that is no text has half a surrogate pair, which JSON has an escape for.
+        text = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        self._file.write((b"" if self.rows == 0 else b",\n") + text + b"\n]\n")
+        self._file.flush()
+        self.rows += 1
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def strongest(detection: Detection, threshold: float, top_k: int | None) -> Detection:
+    """Leave out detections that score less than a threshold, and those beyond the ``top_k`` best."""
+    keep = (detection["scores"] >= threshold).nonzero().flatten()[:top_k]
     return {"boxes": detection["boxes"][keep], "scores": detection["scores"][keep], "labels": detection["labels"][keep]}
 
 
@@ -117,56 +161,68 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--model", type=Path, help="ONNX file that export.py wrote; runs on the CPU")
     parser.add_argument("--output", type=Path, required=True, help="folder for detections.json and pictures")
     parser.add_argument("--score-threshold", type=float, default=0.3, help="leave out detections that score less (0.3)")
+    parser.add_argument("--top-k", type=int, default=None, help="detections of a picture (the run's, or the file's)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (8)")
     parser.add_argument("--limit", type=int, default=None, help="number of pictures; default all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Detect, draw and write; return the rows of ``detections.json``.
+def run(options: argparse.Namespace) -> tuple[int, int, list[str]]:
+    """Detect, draw and write, as far as pictures can be used.
+
+    Returns:
+        The number of pictures and of objects in ``detections.json``, and what is wrong with the other pictures.
 
     Raises:
-        RunError: A picture, run or file cannot be read, or a picture would be replaced.
+        RunError: A run or file cannot be read, or a picture would be replaced.
     """
-    # 1. Pictures, and where they go.
+    # 1. Pictures, where they go, and the detector.
     paths = find_images(options.images)[: options.limit]
     pictures = picture_paths(paths, options.output)
+    detect, class_names = load_detector(options)
 
-    # 2. The detector.
-    if options.model is None:
-        detect, class_names = load_run(options.run, options.device)
-    else:
-        detect = exported = OnnxDetector(options.model)
-        class_names = exported.class_names
-
-    # 3. Detect and draw, a few pictures at a time.
+    # 2. A few pictures at a time.
     options.output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(paths), options.batch_size):
-        chunk = paths[start : start + options.batch_size]
-        images = [read_image(path) for path in chunk]
-        detections = detect([image.to(options.device) for image in images])
-        for n, (path, image, detection) in enumerate(zip(chunk, images, detections, strict=True), start):
-            strong = above(on_cpu(detection), options.score_threshold)
-            names = [class_names.get(label, str(label)) for label in strong["labels"].tolist()]
-            boxes, scores = strong["boxes"].tolist(), strong["scores"].tolist()
-            rows.append({"image": str(path), "boxes": boxes, "scores": scores, "names": names})
-            title = f"{path.name}: {len(names)} found"
-            draw_predictions(pictures[n], [image], [(title, [strong])], class_names, 0.0)
-    write_json(options.output / "detections.json", rows)
-    return rows
+    objects, failures = 0, list[str]()
+    with contextlib.closing(RowFile(options.output / "detections.json")) as file:
+        for start in range(0, len(paths), options.batch_size):
+            # 3. Read them.
+            images: dict[int, Tensor] = {}
+            for n, path in enumerate(paths[start : start + options.batch_size], start):
+                try:
+                    images[n] = read_image(path)
+                except CrossKDError as error:  # noqa: PERF203  # which must not cost the others
+                    failures.append(f"{error}")
+
+            # 4. Detect, write and draw.
+            detections = detect_each(detect, [image.to(options.device) for image in images.values()])
+            for (n, image), detection in zip(images.items(), detections, strict=True):
+                if isinstance(detection, CrossKDError):
+                    failures.append(f"{paths[n]}: {detection}")
+                    continue
+                strong = strongest(on_cpu(detection), options.score_threshold, options.top_k)
+                names = [class_names.get(label, str(label)) for label in strong["labels"].tolist()]
+                boxes, scores = strong["boxes"].tolist(), strong["scores"].tolist()
+                file.add({"image": str(paths[n]), "boxes": boxes, "scores": scores, "names": names})
+                objects += len(names)
+                name = paths[n].name.encode(errors="replace").decode()  # a file's name need not be text
+                title = f"{name}: {len(names)} found"
+                draw_predictions(pictures[n], [image], [(title, [strong])], class_names, 0.0)
+        return file.rows, objects, failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        rows = run(options)
+        pictures, objects, failures = run(options)
     except CrossKDError as error:  # what the user can mend, in one sentence
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"pictures": len(rows), "objects": sum(len(r["names"]) for r in rows), "in": str(options.output)}))
-    return 0
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    print(json.dumps({"pictures": pictures, "objects": objects, "in": str(options.output)}))
+    return 2 if failures else 0
 
 
 if __name__ == "__main__":

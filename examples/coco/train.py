@@ -13,8 +13,11 @@ from pathlib import Path
 
 import torch
 from coco_example.data.dataset import CocoDataset
-from coco_example.data.reader import CocoIndex, locate_split, read_coco
+from coco_example.data.layouts import locate_split
+from coco_example.data.preflight import judge_pictures, judge_splits
+from coco_example.data.reader import CocoIndex, read_coco
 from coco_example.data.scenes import write_scenes
+from coco_example.data.values import Identifier
 from coco_example.engine.distributed import Worker, join_workers
 from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.run_folder import check_folder, check_options, environment, load_checkpoint
@@ -29,7 +32,7 @@ from coco_example.models.detectors import build_detector
 from coco_example.models.methods import METRICS, build_method, needs_teacher
 from coco_example.models.saved_model import ModelSpec, save_model
 from coco_example.models.teachers import TeacherInTraining, load_teacher
-from coco_example.options import DataOptions, Options, parse_options
+from coco_example.options import Options, parse_options
 from torch import nn
 
 from crosskd_assign import adapt, inherit
@@ -61,7 +64,7 @@ def run(options: Options) -> Evaluation | None:
         state = load_checkpoint(folder) if options.resume else None
 
         # 2. Images.
-        train, val = _load_data(options.dataset, worker)
+        train, val = _load_data(options, worker)
 
         # 3. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
         torch.manual_seed(options.seed)
@@ -135,23 +138,36 @@ def run(options: Options) -> Evaluation | None:
         return scores
 
 
-def _load_data(options: DataOptions, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
-    root = Path(options.data_path)
-    if options.data == "demo" and worker.first:
+def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
+    """Read both splits in the classes of the first, and judge them before any time is spent on them."""
+    # 1. Read them.
+    data, root = options.dataset, Path(options.dataset.data_path)
+    if data.data == "demo" and worker.first:
         write_scenes(root)
     worker.wait()
-    train = read_coco(*locate_split(root, "train", options.train_annotations or None))
-    return train, read_coco(*locate_split(root, "val", options.val_annotations or None))
+    train = read_coco(*locate_split(root, "train", data.train_annotations, data.train_images))
+    val = read_coco(*locate_split(root, "val", data.val_annotations, data.val_images), train.categories)
+
+    # 2. Judge them. Validation pictures are decoded, too: a broken one would be found after the last epoch.
+    model = options.model
+    warnings = judge_splits(train, val, size=model.size, short_side=model.short_side, top_k=model.top_k)
+    if worker.first:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        judge_pictures(train)
+        judge_pictures(val, decode=True)
+    worker.wait()
+    return train, val
 
 
 def _load_teacher(
     options: Options, student: nn.Module, val: CocoIndex, worker: Worker
-) -> tuple[nn.Module | None, dict[int, int]]:
+) -> tuple[nn.Module | None, dict[int, Identifier]]:
     """Load the teacher, if one is named and used, and the COCO category of each of its labels."""
     used = needs_teacher(options.method.arm) or options.teachers.inherit
     if not (options.teachers.teacher and used):
         return None, {}
-    teacher, labels = load_teacher(options.teachers.teacher, options.model)
+    teacher, labels = load_teacher(options.teachers.teacher, options.model, val.categories)
     teacher.to(worker.device)
     if worker.first and not options.resume:
         _preflight(teacher, student, val, labels, options)
@@ -159,11 +175,11 @@ def _load_teacher(
 
 
 def _preflight(
-    teacher: nn.Module, student: nn.Module, val: CocoIndex, labels: dict[int, int], options: Options
+    teacher: nn.Module, student: nn.Module, val: CocoIndex, labels: dict[int, Identifier], options: Options
 ) -> None:
     """Refuse a teacher that detects nothing: wrong weights, labels or normalisation would waste the whole run."""
     own = adapt(student)
-    detector = TeacherInTraining(adapt(teacher), ranking="class_quality", student=own)
+    detector = TeacherInTraining(adapt(teacher), "class_quality", options.model.top_k, student=own)
     with evaluation_mode(own):  # whose preprocessing draws random numbers in training
         scores = evaluate(
             detector,
@@ -184,7 +200,7 @@ def _preflight(
 
 def _detector(network: nn.Module, options: Options) -> Detector:
     one_to_many = options.method.arm == "one-to-many"
-    return Detector(adapt(network), ranking="class_quality" if one_to_many else "class")
+    return Detector(adapt(network), "class_quality" if one_to_many else "class", options.model.top_k)
 
 
 def _score(network: nn.Module, index: CocoIndex, options: Options) -> Evaluation:

@@ -22,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "coco"))
 
 from coco_example.data.augmentation import augmentation
 from coco_example.data.dataset import CocoDataset, collate
-from coco_example.data.reader import CocoIndex, locate_split, read_coco
+from coco_example.data.layouts import locate_split
+from coco_example.data.reader import CocoIndex, read_coco
 from coco_example.data.sampler import ResumableSampler
+from coco_example.data.values import Identifier
 from coco_example.evaluation.evaluation import Detector, evaluate, table
 
 from crosskd_assign import CrossHeadDistiller, DetectorAdapter
@@ -102,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     """Train a teacher and a student, and print their scores."""
     torch.manual_seed(options.seed)
     index = read_coco(*locate_split(options.data_path, "train", options.train_annotations))
-    val = read_coco(*locate_split(options.data_path, "val", options.val_annotations))
+    val = read_coco(*locate_split(options.data_path, "val", options.val_annotations), index.categories)
     teacher, student, categories = _teacher_and_student(options, index)
     channel_of = {category: channel for channel, category in categories.items()}
     channels = {label: channel_of[category] for label, category in index.label_to_category.items()}
@@ -145,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _teacher_and_student(
     options: argparse.Namespace, index: CocoIndex
-) -> tuple[DetectorAdapter, DetectorAdapter, dict[int, int]]:
+) -> tuple[DetectorAdapter, DetectorAdapter, dict[int, Identifier]]:
     """Build two detectors, and list the COCO category of each of their class channels."""
     if options.detector in TRAINED:
         load = getattr(import_module("nanodet_yolox"), TRAINED[options.detector])

@@ -360,3 +360,20 @@ def test_modes_are_restored_even_if_features_fail():
     with pytest.raises(RuntimeError, match="out of memory"):
         probe_detector(adapter)
     assert all(module.training for module in adapter.modules())
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_no_side_of_a_thin_image_vanishes(kind):
+    """torchvision refuses an image whose shorter side would be resized to less than a pixel."""
+    detector = EndToEndDetector(MAKERS[kind](max_size=160)).eval()
+    images = [torch.rand(3, 2, 900), torch.rand(3, 900, 3), torch.rand(3, 64, 64)]
+    boxes = [torch.tensor([[0.0, 0, 450, 2]]), torch.tensor([[1.0, 0, 2, 900]]), torch.tensor([[8.0, 8, 24, 24]])]
+    targets = [{"boxes": each, "labels": torch.tensor([1])} for each in boxes]
+    batch, moved = detector.adapter.preprocess(images, targets)
+    assert [min(size) for size in batch.sizes[:2]] == [1, 1]
+    for target, given, size, original in zip(moved, boxes, batch.sizes, batch.original_sizes, strict=True):
+        scale = torch.tensor([size[1] / original[1], size[0] / original[0]] * 2)
+        torch.testing.assert_close(target["boxes"], given * scale)
+    for image, found in zip(images, detector(images), strict=True):
+        assert (found["boxes"] >= 0).all()
+        assert (found["boxes"][:, 2:] <= torch.tensor([image.shape[2], image.shape[1]]) + 1e-3).all()

@@ -7,7 +7,8 @@ import sys
 import distill
 import pytest
 import torch
-from coco_example.data.reader import locate_split, read_coco
+from coco_example.data.layouts import locate_split
+from coco_example.data.reader import read_coco
 from coco_example.data.scenes import write_scenes
 
 from tests.third_party.makers import MAKERS

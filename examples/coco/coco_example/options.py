@@ -46,9 +46,13 @@ class DataOptions:
     """The images of a run."""
 
     data: Annotated[Literal["coco", "demo"], "kind of data set; demo draws scenes into --data-path first"] = "coco"
-    data_path: Annotated[str, "folder with train[2017]/, val[2017]/ and annotations/"] = "data/demo"
-    train_annotations: Annotated[str, "file in annotations/ instead of instances_train[2017].json"] = ""
-    val_annotations: Annotated[str, "file in annotations/ instead of instances_val[2017].json"] = ""
+    data_path: Annotated[
+        str, "data set as COCO, Roboflow, CVAT, Label Studio or FiftyOne lay it out: train[2017]/, val[2017]/, …"
+    ] = "data/demo"
+    train_annotations: Annotated[str, "annotation file to train on, in annotations/, in --data-path or anywhere"] = ""
+    val_annotations: Annotated[str, "annotation file to evaluate on, found likewise"] = ""
+    train_images: Annotated[str, "folder of the pictures to train on, in --data-path or anywhere"] = ""
+    val_images: Annotated[str, "folder of the pictures to evaluate on, found likewise"] = ""
     augmentation: Annotated[Level, "augmentation of training images"] = "flip"
     mosaic: Annotated[float, "probability of joining four training images into one"] = 0.0
     cache: Annotated[bool, "keep decoded images in memory"] = False
@@ -69,6 +73,7 @@ class ModelOptions:
     head_convs: Annotated[int, "convolutions of each branch of FCOS's head; 0: 4, or 2 on the small backbone"] = 0
     size: Annotated[int, "longer side of the images in pixels, to which the detector resizes them"] = 128
     short_side: Annotated[int, "bound of the shorter side: 800 with --size 1333 is usual on COCO; 0: none"] = 0
+    top_k: Annotated[int, "detections of an image, which is the limit of its AP, too"] = 100
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,7 @@ def _flag(name: str) -> str:
 def _conflict(options: Options) -> str | None:
     """Describe the first option that is out of range or does not go with another."""
     dataset, teachers, method, flat = options.dataset, options.teachers, options.method, options.as_flat()
-    least = {"epochs": 1, "batch_size": 1, "size": 1, "log_every": 1, "seed": 0}
+    least = {"epochs": 1, "batch_size": 1, "size": 1, "log_every": 1, "seed": 0, "top_k": 1}
     conflicts = [
         (flat[name] < low, f"expected {_flag(name)} of at least {low}, but got {flat[name]}")
         for name, low in least.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 
-from ..geometry import at_least_float32
+from ..geometry import at_least_float32, scale
 from ..structures import Batch, DensePredictions, GridLevel, Target
 from .base import DetectorAdapter
 
@@ -57,6 +58,9 @@ class _TorchvisionAdapter(DetectorAdapter):
     def _resize(self, image: Tensor, target: dict[str, Any] | None) -> tuple[Tensor, Any]:
         transform = self.model.transform
         if target is not None or transform.fixed_size is not None or isinstance(sum(image.shape[-2:]), int):
+            ratio = min(transform.min_size[-1] / min(image.shape[-2:]), transform.max_size / max(image.shape[-2:]))
+            if transform.fixed_size is None and min(image.shape[-2:]) * ratio < 1:
+                return _resize_thin(image, target, ratio)
             return transform.resize(image, target)  # type: ignore[no-any-return]
         # A size that a tracer leaves open. torchvision compares it in Python, which would fix it; in float64 as there,
         # because in float32 some sizes come out a pixel off.
@@ -65,7 +69,7 @@ class _TorchvisionAdapter(DetectorAdapter):
             for side in (*image.shape[-2:], transform.min_size[-1], transform.max_size)
         )
         ratio = torch.minimum(short / torch.minimum(h, w), long / torch.maximum(h, w))
-        size: list[Any] = [(side * ratio).floor().long().item() for side in (h, w)]
+        size: list[Any] = [(side * ratio).floor().clamp(min=1).long().item() for side in (h, w)]
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0], None
 
     def features(self, batch: Batch) -> list[Tensor]:
@@ -205,6 +209,16 @@ class RetinaNetAdapter(_TorchvisionAdapter):
 
     def _gathered(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
         return {"cls_logits": outputs["classification"], "bbox_regression": outputs["regression"]}
+
+
+def _resize_thin(image: Tensor, target: dict[str, Any] | None, ratio: float) -> tuple[Tensor, Any]:
+    """Resize an image whose shorter side would vanish, which torchvision refuses: it gets one pixel."""
+    height, width = image.shape[-2:]
+    size = (max(1, math.floor(height * ratio)), max(1, math.floor(width * ratio)))
+    resized = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+    if target is None:
+        return resized, None
+    return resized, {**target, "boxes": scale(target["boxes"], (height, width), size)}
 
 
 def _convolutions(tower: nn.Sequential) -> list[int]:

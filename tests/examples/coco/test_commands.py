@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import evaluate
+import numpy as np
 import predict
 import pytest
 import torch
-from coco_example.data.reader import locate_split, read_coco
+from coco_example.data.layouts import locate_split
+from coco_example.data.reader import read_coco
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import Detector
 from coco_example.evaluation.evaluation import evaluate as score
@@ -144,6 +147,53 @@ def test_predictions_never_replace_the_images(student, scenes_folder, tmp_path, 
     assert call(predict, "--run", student, "--output", tmp_path / "mine" / ".." / "mine", tmp_path / "mine") == 2
     assert "would replace images" in sentence(capsys.readouterr().err)
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+def test_a_bad_picture_does_not_cost_the_others(student, scenes_folder, tmp_path, capsys):
+    folder = shutil.copytree(scenes_folder / "val", tmp_path / "mine")
+    (folder / "000001.png").write_text("no picture")
+    Image.fromarray(np.full((30, 40), 1000, np.uint16)).save(folder / "000004.png")
+    for name in ("._000000.png", ".hidden.png"):  # what macOS leaves beside a file
+        (folder / name).write_text("no picture")
+    assert call(predict, "--run", student, "--output", tmp_path / "out", "--batch-size", 3, folder) == 2
+    output, errors = capsys.readouterr()
+    assert json.loads(output)["pictures"] == 6
+    [first, second] = errors.splitlines()
+    assert first.startswith("error: Expected a readable image, but got cannot identify")
+    assert second.startswith("error: Expected 8 bits per channel, but got mode I;16")
+    found = {Path(row["image"]).name: row for row in read(tmp_path / "out" / "detections.json")}
+    assert sorted(found) == [f"00000{n}.png" for n in (0, 2, 3, 5, 6, 7)]
+    assert call(predict, "--run", student, "--output", tmp_path / "all", scenes_folder / "val") == 0
+    for row in read(tmp_path / "all" / "detections.json"):
+        mine = found.get(Path(row["image"]).name, row)
+        assert mine["names"] == row["names"]
+        assert torch.tensor(mine["scores"]) == pytest.approx(torch.tensor(row["scores"]), abs=1e-5)
+
+
+def test_rows_are_written_as_they_come(student, scenes_folder, tmp_path, monkeypatch):
+    original, counts = predict.draw_predictions, list[int]()
+
+    def draw(*arguments: Any) -> Any:
+        counts.append(len(read(tmp_path / "detections.json")))
+        if len(counts) == 5:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(predict, "draw_predictions", draw)
+    with pytest.raises(KeyboardInterrupt):
+        call(predict, "--run", student, "--output", tmp_path, "--batch-size", 3, scenes_folder / "val")
+    assert counts == [1, 2, 3, 4, 5]
+    assert len(read(tmp_path / "detections.json")) == 5
+
+
+def test_a_file_name_that_is_no_text_does_not_cost_the_others(student, scenes_folder, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    names = [os.fsdecode(name) for name in (b"a.png", b"b\xff.png", "ß.png".encode())]
+    for name in names:
+        shutil.copy(scenes_folder / "val" / "000000.png", folder / name)
+    assert call(predict, "--run", student, "--output", tmp_path / "out", folder) == 0
+    assert [Path(row["image"]).name for row in read(tmp_path / "out" / "detections.json")] == sorted(names)
 
 
 # --- what is wrong ----------------------------------------------------------------------------------------------------

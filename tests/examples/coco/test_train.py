@@ -14,7 +14,8 @@ import pytest
 import torch
 import train
 from coco_example.data.dataset import CocoDataset
-from coco_example.data.reader import locate_split, read_coco
+from coco_example.data.layouts import locate_split
+from coco_example.data.reader import read_coco
 from coco_example.data.scenes import write_scenes
 from coco_example.engine.metrics_log import read_metrics
 from coco_example.engine.run_folder import environment, load_checkpoint
@@ -289,7 +290,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_images(workshop, t
 
     def forward(method: EndToEndDetector, images: list[Tensor], targets: list[Any]) -> Any:
         losses: Any = original(method, images, targets)
-        seen.append([int(target["image_id"]) for target in targets])
+        seen.append([1 + int(target["image_id"]) for target in targets])  # scenes have the ids 1, 2, … in their file
         return {**losses, "bbox_regression": losses["bbox_regression"] * (math.nan if len(seen) == 3 else 1)}
 
     monkeypatch.setattr(EndToEndDetector, "forward", forward)

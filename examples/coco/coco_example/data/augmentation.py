@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 Level = Literal["none", "flip", "crop", "full"]
 
 GREY = 114  # fills what an image leaves empty: near ImageNet's mean, so about 0 when normalised
-TIDY = (v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=2))  # the last step of every transform
+THIN = 2  # pixels; boxes with a shorter side cannot be found again
+TIDY = (v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=THIN))  # the last step of every transform
 
 
 def augmentation(size: int, level: Level, short_side: int = 0) -> v2.Transform:
@@ -33,13 +36,29 @@ def augmentation(size: int, level: Level, short_side: int = 0) -> v2.Transform:
     steps: list[v2.Transform] = [] if level == "none" else [v2.RandomHorizontalFlip()]
     # 2. Scale, and crop.
     if level in ("none", "flip"):
+        steps.append(_Stretch(size))
         # Leaves an image of that size alone.
         steps.append(v2.Resize(size=[short_side] if short_side else None, max_size=size))
     else:
         scales = (0.5, 1.5) if level == "crop" else (0.3, 2.0)
+        steps.append(_Stretch(0.999 * size * scales[0]))  # a factor is drawn in float32
         steps.append(v2.ScaleJitter((size, size), scales))
         steps.append(v2.RandomCrop((size, size), pad_if_needed=True, fill=GREY))
     # 3. Change colours.
     if level == "full":
         steps.append(v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.6))  # a hue would triple the time
     return v2.Compose([*steps, *TIDY])
+
+
+class _Stretch:
+    """Stretch images that are so thin that one side would vanish when the other is scaled to ``size`` pixels."""
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def __call__(self, image: Any, target: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        least = math.ceil(max(image.shape[-2:]) / self.size) + 1  # one more, because the scaling rounds
+        if min(image.shape[-2:]) * self.size >= max(image.shape[-2:]):
+            return image, target
+        sides = [max(side, least) for side in image.shape[-2:]]
+        return functional.resize(image, sides), {**target, "boxes": functional.resize(target["boxes"], sides)}

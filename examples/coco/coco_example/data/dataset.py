@@ -1,7 +1,7 @@
 """Load the images and targets of a COCO index, with random numbers that depend on nothing but seed, epoch and index.
 
-Boxes are ``xyxy`` float32 pixels of the stored image. Labels run from 1 to K in ascending category id order; 0 is
-the background, as in torchvision. G is the number of boxes of one image, H and W its height and width.
+Boxes are ``xyxy`` float32 pixels of the stored image. Labels run from 1 to K in the order of the index's categories;
+0 is the background, as in torchvision. G is the number of boxes of one image, H and W its height and width.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from coco_example.data.augmentation import GREY, TIDY
-from coco_example.data.reader import CocoIndex, ImageRecord
+from coco_example.data.pictures import read_picture
+from coco_example.data.reader import CocoIndex
 from coco_example.data.sampler import Key
-from coco_example.errors import DataError
 
 Target: TypeAlias = dict[str, Tensor]
 
@@ -31,7 +30,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     """The images and targets of an index; item ``(epoch, i)`` is the same in any process and in any order.
 
     An item is an image (3, H, W) float32 RGB in 0..1 and a target of plain tensors: ``boxes`` (G, 4) float32 xyxy
-    pixels, ``labels`` (G,) int64, ``image_id`` () int64. A plain index ``i`` stands for ``(0, i)``.
+    pixels, ``labels`` (G,) int64, ``image_id`` () int64: the place of its record in the index, because the file's own
+    id may be a text or larger than any int64. A plain index ``i`` stands for ``(0, i)``.
     """
 
     index: CocoIndex = field(repr=False)
@@ -65,10 +65,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         record = self.index.records[i]
         pixels = self._decoded.get(i)
         if pixels is None:
-            pixels = _decode(record)
+            pixels = read_picture(record.path, (record.width, record.height))
         if self.cache:
             self._decoded[i] = pixels
-        return _sample(pixels, record.boxes.clone(), record.labels.clone(), record.id)
+        return _sample(pixels, record.boxes.clone(), record.labels.clone(), i)
 
     def _join(self, i: int) -> tuple[Tensor, Target]:
         """Join image i, upper left, with three random ones around a point, and crop a window as large as one image."""
@@ -84,7 +84,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             target["boxes"] += torch.tensor([x, y, x, y])
         # 3. Crop.
         boxes, labels = (torch.cat([target[name] for _, target in parts]) for name in ("boxes", "labels"))
-        joined = _sample(canvas, boxes, labels, self.index.records[i].id)
+        joined = _sample(canvas, boxes, labels, i)
         window: tuple[Tensor, Target] = v2.Compose([v2.RandomCrop((height, width)), *TIDY])(*joined)
         return window
 
@@ -92,30 +92,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 def _sample(image: Tensor, boxes: Tensor, labels: Tensor, image_id: int) -> tuple[Tensor, Target]:
     wrapped = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
     return tv_tensors.Image(image), {"boxes": wrapped, "labels": labels, "image_id": torch.tensor(image_id)}
-
-
-def _decode(record: ImageRecord) -> Tensor:
-    """Decode the stored pixels (3, H, W) uint8 RGB. Orientation tags are ignored: boxes refer to stored pixels."""
-    # 1. Decode.
-    where = str(record.path)
-    try:
-        with Image.open(record.path) as image:
-            mode = image.mode
-            # A palette with transparency would warn on its direct way to RGB.
-            rgb = image.convert("RGBA").convert("RGB") if mode == "P" else image.convert("RGB")
-    except Exception as error:  # damaged files raise nearly anything
-        raise DataError(expected="a readable image", got=repr(error), where=where, fix="replace the file") from error
-    # 2. Refuse what would come out wrong.
-    if mode[0] in "IF":  # 16 or 32 bits, of which the conversion to RGB leaves white
-        raise DataError(expected="8 bits per channel", got=f"mode {mode}", where=where, fix="convert the file")
-    if rgb.size != (record.width, record.height):
-        raise DataError(
-            expected=f"{record.width}×{record.height} pixels",
-            got=f"{rgb.width}×{rgb.height}",
-            where=where,
-            fix="save it at the annotated size, with its orientation tag applied if it has one",
-        )
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()  # colour jitter is 4 times slower on a view
 
 
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

@@ -17,9 +17,14 @@ DIVERGED = "lower --lr, clip harder with --max-grad-norm, or train in --precisio
 
 
 class LossChecks:
-    """Refuse losses that are not finite, and terms that stay exactly 0."""
+    """Refuse losses that are not finite, and terms that stay exactly 0.
 
-    def __init__(self) -> None:
+    Args:
+        image_ids: The annotation file's id of each image that targets may name.
+    """
+
+    def __init__(self, image_ids: Sequence[object]) -> None:
+        self._image_ids = image_ids
         self._zeros: Counter[str] = Counter()  # checks in a row at which a term was exactly 0
 
     def __call__(
@@ -36,7 +41,7 @@ class LossChecks:
         """
         values = {name: float(loss.detach()) for name, loss in losses.items()}
         if not all(map(math.isfinite, values.values())):
-            images = [int(target["image_id"]) for target in targets]
+            images = [self._image_ids[int(target["image_id"])] for target in targets]
             raise NonFiniteLossError(
                 expected="finite losses", got=f"{values}", where=f"step {step}, images {images}", fix=DIVERGED
             )

@@ -64,7 +64,7 @@ class Training:
             self.average = AveragedModel(model, multi_avg_fn=ramped_average(loop.ema), use_buffers=True)
 
         # 3. What watches.
-        self.check = LossChecks()
+        self.check = LossChecks([record.id for record in index.records])
         self.module = worker.distribute(method)
 
     @property

@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from coco_example.data.annotations import Annotations, Category
+from coco_example.data.values import Identifier, key_of, order_of, shown
 from coco_example.errors import DataError, MissingPackageError
 from crosskd_assign.structures import Detection
 from crosskd_assign.validation import validate_choice
@@ -65,14 +65,14 @@ class CocoScores:
 
 
 def coco_results(
-    detections: Sequence[Detection], image_ids: Sequence[int], label_to_category: Mapping[int, int]
+    detections: Sequence[Detection], image_ids: Sequence[Identifier], label_to_category: Mapping[int, Identifier]
 ) -> list[dict[str, Any]]:
     """Write detections in COCO's result format.
 
     Args:
         detections: One detection per image: ``boxes (D, 4)`` xyxy pixels, ``scores (D,)``, ``labels (D,)``.
-        image_ids: COCO's id of each of those images.
-        label_to_category: COCO's category id of each label. Detections of any other label (background, a class that
+        image_ids: The annotation file's id of each of those images.
+        label_to_category: The file's category id of each label. Detections of any other label (background, a class that
             the data set lacks) are left out.
 
     Returns:
@@ -105,25 +105,25 @@ def coco_results(
         for box, score, label in zip(boxes.tolist(), scores.tolist(), detection["labels"].tolist(), strict=True):
             category = label_to_category.get(label)
             if category is not None:
-                results.append({"image_id": int(image_id), "category_id": category, "bbox": box, "score": score})
+                results.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
     return results
 
 
 def coco_evaluate(
-    annotations: Path,
+    annotations: Annotations,
     results: Sequence[Mapping[str, Any]],
     *,
-    image_ids: Sequence[int] | None = None,
+    image_ids: Sequence[Identifier] | None = None,
     max_detections: tuple[int, int, int] = (1, 10, 100),
     backend: Backend = "faster",
 ) -> CocoScores:
     """Score results by COCO's box protocol, printing nothing.
 
-    Crowd flags and areas come from the annotation file itself, so crowd boxes neither reward nor punish. Where a
-    file leaves them out, a box is no crowd and its area is width times height.
+    Crowd flags and areas are the annotation file's, so crowd boxes neither reward nor punish. Where a file leaves them
+    out, a box is no crowd and its area is width times height. Boxes that are not finite do not count.
 
     Args:
-        annotations: COCO instances file (JSON).
+        annotations: The ground truth. Classes that the run does not know are missed.
         results: Detections as :func:`coco_results` returns them; not modified. Without any, the scores are 0.
         image_ids: The images to score, as COCO's ``params.imgIds``: neither objects nor results of other images
             count. All images of the file by default.
@@ -149,25 +149,21 @@ def coco_evaluate(
             fix="pass three of them, COCO's own are (1, 10, 100)",
         )
     coco_class, evaluator_class = _load_backend(backend)
-    truth = _read_ground_truth(annotations)
-    known = {image["id"] for image in truth["images"]}
-    chosen = known if image_ids is None else {int(image_id) for image_id in image_ids}
-    _check_images(chosen, known, "image_ids", annotations)
-    _check_images({result["image_id"] for result in results}, known, "results", annotations)
+    ids = [image.id for image in annotations.images]
+    numbers = _numbers(ids)
+    asked = ids if image_ids is None else image_ids
+    chosen = {_number(identifier, numbers, "image_ids", annotations) for identifier in asked}
     if not chosen:
         raise DataError(
             expected="at least one image to score",
             got="none",
-            where=str(annotations),
+            where=str(annotations.file),
             fix="pass image_ids=None to score every image of the file",
         )
     # 2. Run the protocol.
-    found = truth | {
-        "annotations": [
-            dict(result, id=i, area=result["bbox"][2] * result["bbox"][3], iscrowd=0)
-            for i, result in enumerate(results, start=1)
-        ]
-    }
+    categories = sorted((*annotations.categories, *annotations.unknown), key=lambda category: order_of(category.id))
+    truth = _ground_truth(annotations, numbers, categories)
+    found = truth | {"annotations": _found(results, annotations, numbers, categories)}
     with _quiet():
         evaluation = evaluator_class(_index(coco_class, truth), _index(coco_class, found), "bbox")
         evaluation.params.imgIds = sorted(chosen)
@@ -175,11 +171,8 @@ def coco_evaluate(
         evaluation.evaluate()
         evaluation.accumulate()
     # 3. Summarise its tables.
-    names = _category_names(truth["categories"])
     return _summarise(
-        np.asarray(evaluation.eval["precision"]),
-        np.asarray(evaluation.eval["recall"]),
-        [names[category] for category in evaluation.params.catIds],
+        np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"]), _category_names(categories)
     )
 
 
@@ -220,46 +213,89 @@ def _mean(table: NDArray[np.float64]) -> float:
     return float(np.mean(exists)) if exists.size else float("nan")
 
 
-def _read_ground_truth(annotations: Path) -> dict[str, Any]:
-    """Read the parts of an instances file that the box protocol needs: images, categories and boxes.
+def _numbers(ids: Sequence[Identifier]) -> dict[Identifier, int]:
+    """Number ids in ascending order from 1, because the protocol takes small integers only; ties go by their order."""
+    return {key_of(identifier): n for n, identifier in enumerate(sorted(ids, key=order_of), start=1)}
 
-    Boxes are numbered anew from 1, because the protocol reads the id 0 as "unmatched" and would lose boxes that
-    share an id; for a well-formed file this changes nothing.
+
+def _ground_truth(
+    annotations: Annotations, numbers: Mapping[Identifier, int], categories: Sequence[Category]
+) -> dict[str, Any]:
+    """Write images, categories and boxes as the protocol reads them.
+
+    All are numbered anew from 1. The protocol reads a box's id 0 as "unmatched" and would lose boxes that share an id;
+    for a well-formed file this changes nothing.
     """
-    content = json.loads(annotations.read_text(encoding="utf-8"))
+    number_of = _numbers([category.id for category in categories])
+    classes = (*annotations.categories, *annotations.unknown)
+    images = np.array([numbers[key_of(image.id)] for image in annotations.images], dtype=np.int64)[annotations.owner]
+    labels = np.array([0, *(number_of[key_of(category.id)] for category in classes)])[annotations.label]
+    rows = zip(
+        images.tolist(),
+        labels.tolist(),
+        annotations.xywh.tolist(),
+        annotations.area.tolist(),
+        annotations.crowd.astype(int).tolist(),
+        np.asarray(np.isfinite(annotations.xywh).all(axis=1)).tolist(),
+        strict=True,
+    )
     boxes = [
-        {
-            "id": i,
-            "image_id": box["image_id"],
-            "category_id": box["category_id"],
-            "bbox": box["bbox"],
-            "area": box.get("area", box["bbox"][2] * box["bbox"][3]),
-            "iscrowd": int(box.get("iscrowd", 0)),
-        }
-        for i, box in enumerate(content["annotations"], start=1)
+        {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
+        for i, (image, category, box, area, crowd, finite) in enumerate(rows, start=1)
+        if finite
     ]
-    return {"images": content["images"], "categories": content["categories"], "annotations": boxes}
-
-
-def _category_names(categories: list[dict[str, Any]]) -> dict[int, str]:
-    """Name each category id, so that no two share a name."""
-    names = [str(category.get("name", category["id"])) for category in categories]
     return {
-        category["id"]: name if names.count(name) == 1 else f"{name} ({category['id']})"
-        for category, name in zip(categories, names, strict=True)
+        "images": [{"id": number} for number in numbers.values()],
+        "categories": [{"id": number} for number in number_of.values()],
+        "annotations": boxes,
     }
 
 
-def _check_images(asked: set[int], known: set[int], what: str, annotations: Path) -> None:
-    """Raise if an image id is not in the annotation file, which COCO would score as an empty image or not at all."""
-    unknown = sorted(asked - known)
-    if unknown:
+def _found(
+    results: Sequence[Mapping[str, Any]],
+    annotations: Annotations,
+    numbers: Mapping[Identifier, int],
+    categories: Sequence[Category],
+) -> list[dict[str, Any]]:
+    """Write results as the protocol reads them; those of a category that the file lacks do not count."""
+    number_of = _numbers([category.id for category in categories])
+    rows = []
+    for i, result in enumerate(results, start=1):
+        image = _number(result["image_id"], numbers, "results", annotations)
+        category = number_of.get(key_of(result["category_id"]))
+        _, _, width, height = result["bbox"]
+        if category is not None:
+            rows.append(
+                {
+                    "id": i,
+                    "image_id": image,
+                    "category_id": category,
+                    "bbox": list(result["bbox"]),
+                    "area": width * height,
+                    "iscrowd": 0,
+                    "score": result["score"],
+                }
+            )
+    return rows
+
+
+def _category_names(categories: Sequence[Category]) -> list[str]:
+    """Name each category, so that no two share a name."""
+    names = [category.name for category in categories]
+    return [c.name if names.count(c.name) == 1 else f"{c.name} ({c.id})" for c in categories]
+
+
+def _number(identifier: Identifier, numbers: Mapping[Identifier, int], what: str, annotations: Annotations) -> int:
+    """Find the number of an image; one that is not in the file COCO would score as an empty image or not at all."""
+    number = numbers.get(key_of(identifier))
+    if number is None:
         raise DataError(
-            expected=f"{what} to name images of {annotations}",
-            got=f"{len(unknown)} other ids, the first of them {unknown[:3]}",
+            expected=f"{what} to name images of {annotations.file}",
+            got=f"another id, {shown(identifier)}",
             where="coco_evaluate",
             fix="evaluate with the annotation file of the images that were detected",
         )
+    return number
 
 
 def _index(coco_class: Any, dataset: dict[str, Any]) -> Any:

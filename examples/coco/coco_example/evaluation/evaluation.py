@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from coco_example.data.dataset import CocoDataset, collate
 from coco_example.data.reader import CocoIndex
+from coco_example.data.values import Identifier, key_of
 from coco_example.engine.signals import leave_signals_alone
 from coco_example.evaluation.coco_metrics import CocoScores, coco_evaluate, coco_results
 from crosskd_assign import DensePredictions, DetectorAdapter
@@ -20,8 +21,9 @@ from crosskd_assign.detectors.probing import evaluation_mode
 from crosskd_assign.diagnostics import DuplicateReport, duplicate_report
 from crosskd_assign.postprocessing import one_to_many_detections
 from crosskd_assign.structures import Batch, Detection, Target
+from crosskd_assign.validation import validate_option
 
-__all__ = ["NMS_THRESHOLD", "Detector", "Evaluation", "detect", "evaluate", "on_cpu", "table"]
+__all__ = ["NMS_THRESHOLD", "Detector", "Evaluation", "Found", "detect", "evaluate", "on_cpu", "score", "table"]
 
 NMS_THRESHOLD = 0.6  # torchvision's FCOS
 
@@ -36,10 +38,15 @@ class Detector:
         adapter: The detector.
         ranking: "class" for one that was trained with one positive an object; "class_quality", where the quality branch
             counts in the score, for one that was trained with many.
+        top_k: Detections of an image, which is the limit of its AP, too.
     """
 
     adapter: DetectorAdapter
     ranking: Ranking = "class"
+    top_k: int = 100
+
+    def __post_init__(self) -> None:
+        validate_option("top_k", self.top_k, low=1)
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +68,18 @@ class Detector:
     def detect(self, images: Sequence[Tensor], *, nms_threshold: float | None = None) -> list[Detection]:
         """Detect objects in a few images, without NMS unless a threshold is given."""
         predictions, batch = self.predict(images)
-        return one_to_many_detections(self.adapter, predictions, batch, nms_threshold=nms_threshold)
+        return self.select(predictions, batch, nms_threshold=nms_threshold)
+
+    def select(self, predictions: DensePredictions, batch: Batch, *, nms_threshold: float | None) -> list[Detection]:
+        """Select the best detections of every image; ten times as many enter NMS, if a threshold is given."""
+        return one_to_many_detections(
+            self.adapter,
+            predictions,
+            batch,
+            nms_threshold=nms_threshold,
+            top_k=self.top_k,
+            candidates=max(1000, 10 * self.top_k),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,25 @@ class Evaluation:
         return {**self.plain.as_dict(), **nms, **rates, "margin": self.duplicates.margin, "images": self.images}
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a detector found in images, on the CPU.
+
+    Attributes:
+        plain: Detections without NMS.
+        suppressed: Detections with NMS.
+        targets: What there was to find.
+    """
+
+    plain: list[Detection]
+    suppressed: list[Detection]
+    targets: list[Target]
+
+    def image_ids(self, index: CocoIndex) -> list[Identifier]:
+        """List the annotation file's ids of the images."""
+        return [index.records[int(target["image_id"])].id for target in self.targets]
+
+
 @torch.inference_mode()
 def detect(
     detector: Detector,
@@ -91,12 +128,8 @@ def detect(
     workers: int = 0,
     precision: torch.dtype = torch.float32,
     nms_threshold: float = NMS_THRESHOLD,
-) -> tuple[list[Detection], list[Detection], list[Target]]:
-    """Detect objects in the first ``limit`` images; options are those of `evaluate`.
-
-    Returns:
-        Detections without NMS, detections with NMS, and the targets, on the CPU.
-    """
+) -> Found:
+    """Detect objects in the first ``limit`` images, without and with NMS; options are those of `evaluate`."""
     # 1. Images in the order of the index.
     subset = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
     loader = DataLoader(
@@ -110,25 +143,22 @@ def detect(
 
     # 2. Predict once, select twice.
     device = detector.device
-    plain: list[Detection] = []
-    suppressed: list[Detection] = []
-    targets: list[Target] = []
+    found = Found([], [], [])
     with evaluation_mode(detector.adapter):
         for images, batch_targets in loader:
             with torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext():
                 predictions, batch = detector.predict([image.to(device) for image in images])
-            for kept, threshold in ((plain, None), (suppressed, nms_threshold)):
-                found = one_to_many_detections(detector.adapter, predictions, batch, nms_threshold=threshold)
-                kept += [on_cpu(detection) for detection in found]
-            targets += batch_targets
-    return plain, suppressed, targets
+            for kept, threshold in ((found.plain, None), (found.suppressed, nms_threshold)):
+                kept.extend(map(on_cpu, detector.select(predictions, batch, nms_threshold=threshold)))
+            found.targets.extend(batch_targets)
+    return found
 
 
 def evaluate(
     detector: Detector,
     index: CocoIndex,
     *,
-    label_to_category: Mapping[int, int] | None = None,
+    label_to_category: Mapping[int, Identifier] | None = None,
     limit: int | None = None,
     batch_size: int = 16,
     workers: int = 0,
@@ -140,15 +170,14 @@ def evaluate(
     Args:
         detector: The detector.
         index: Images and annotations.
-        label_to_category: COCO category of each of the detector's labels, where they are not the index's own.
+        label_to_category: Category id of each of the detector's labels, where they are not the index's own.
         limit: Images to score; None for all.
         batch_size: Images at a time.
         workers: Loader processes.
         precision: Autocast dtype.
         nms_threshold: IoU above which NMS drops the weaker box of a class.
     """
-    # 1. Detect.
-    plain, suppressed, targets = detect(
+    found = detect(
         detector,
         CocoDataset(index),
         limit=limit,
@@ -157,21 +186,39 @@ def evaluate(
         precision=precision,
         nms_threshold=nms_threshold,
     )
+    return score(found, index, label_to_category=label_to_category, top_k=detector.top_k)
 
-    # 2. Score both lists in the categories of the annotation file.
-    categories = dict(index.label_to_category if label_to_category is None else label_to_category)
-    ids = [int(target["image_id"]) for target in targets]
+
+def score(
+    found: Found, index: CocoIndex, *, label_to_category: Mapping[int, Identifier] | None = None, top_k: int = 100
+) -> Evaluation:
+    """Score what a detector found in images of an index.
+
+    Args:
+        found: Its detections.
+        index: Images and annotations.
+        label_to_category: Category id of each of the detector's labels, where they are not the index's own.
+        top_k: Detections of an image that AP counts; never less than COCO's 100, which leaves out none of fewer.
+    """
+    # 1. Score both lists in the categories of the annotation file.
+    categories = index.label_to_category if label_to_category is None else dict(label_to_category)
+    ids = found.image_ids(index)
     scores = [
-        coco_evaluate(index.annotations, coco_results(detections, ids, categories), image_ids=ids)
-        for detections in (plain, suppressed)
+        coco_evaluate(
+            index.annotations,
+            coco_results(detections, ids, categories),
+            image_ids=ids,
+            max_detections=(1, 10, max(100, top_k)),
+        )
+        for detections in (found.plain, found.suppressed)
     ]
 
-    # 3. Count duplicates against targets, whose labels are the index's own.
-    own = {category: label for label, category in index.label_to_category.items()}
-    translation = {label: own.get(category, -1) for label, category in categories.items()}
+    # 2. Count duplicates against targets, whose labels are the index's own.
+    own = {key_of(category): label for label, category in index.label_to_category.items()}
+    translation = {label: own.get(key_of(category), -1) for label, category in categories.items()}
     reports = [
-        duplicate_report([_relabelled(d, translation) for d in detections], targets)
-        for detections in (plain, suppressed)
+        duplicate_report([_relabelled(d, translation) for d in detections], found.targets)
+        for detections in (found.plain, found.suppressed)
     ]
     return Evaluation(scores[0], scores[1], reports[0], reports[1], len(ids))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from coco_example.errors import MissingPackageError, RunError, first_line
 from crosskd_assign.geometry import clip, scale
@@ -56,8 +57,7 @@ class OnnxDetector:
         self._inside = metadata["preprocessing"] == "inside"
         self._divisible = int(metadata["size_divisible"])
         self._mean = torch.tensor(json.loads(metadata["image_mean"])).view(3, 1, 1)
-        sides = int(metadata["short_side"]), int(metadata["long_side"])
-        self._transform = GeneralizedRCNNTransform(*sides, [], []).eval()
+        self._short_side, self._long_side = int(metadata["short_side"]), int(metadata["long_side"])
 
     def __call__(self, images: Sequence[Tensor]) -> list[Detection]:
         """Detect objects in images ``(3, H, W)`` in 0…1, in their pixels.
@@ -77,7 +77,16 @@ class OnnxDetector:
                 where=f"{self._path}",
                 fix="export it without --size, or for the size of these pictures",
             )
-        boxes, scores, labels = self._session.run(["boxes", "scores", "labels"], {"images": image[None].cpu().numpy()})
+        try:
+            outputs = self._session.run(["boxes", "scores", "labels"], {"images": image[None].cpu().numpy()})
+        except Exception as error:  # onnxruntime has a dozen types
+            raise RunError(
+                expected="images that the file can be run on",
+                got=f"{list(shape)}: {first_line(error)}",
+                where=f"{self._path}",
+                fix="leave the picture out, or bring it to a usual shape",
+            ) from error
+        boxes, scores, labels = outputs
         return {
             "boxes": torch.from_numpy(boxes[0]),
             "scores": torch.from_numpy(scores[0]),
@@ -87,8 +96,10 @@ class OnnxDetector:
     def _run_prepared(self, image: Tensor) -> Detection:
         """Resize as the detector's own transform does, pad with the mean, and carry the boxes back."""
         # 1. Resize.
-        small, _ = self._transform.resize(image.cpu(), None)
-        height, width = small.shape[1:]
+        sides = image.shape[1:]
+        ratio = min(self._short_side / min(sides), self._long_side / max(sides))
+        height, width = (max(1, math.floor(side * ratio)) for side in sides)
+        small = F.interpolate(image[None].cpu(), size=(height, width), mode="bilinear", align_corners=False)[0]
 
         # 2. Pad to the file's size, or to a multiple of what it wants.
         *_, rows, columns = self._session.get_inputs()[0].shape

@@ -237,9 +237,12 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _grid(images: Sequence[Tensor], columns: int, footer: int) -> tuple[Figure, list[Axes]]:
-    """Lay out one cell per image, row by row, all of one width and each as high as its image requires."""
+    """Lay out one cell per image, row by row, all of one width and each as high as its image requires.
+
+    Images that are very thin are stretched: a strip a thousand times as high as wide would fill the memory.
+    """
     # 1. Compute the size of the figure in pixels.
-    heights = [_CELL * image.shape[-2] / image.shape[-1] for image in images]
+    heights = [_CELL * min(max(image.shape[-2] / image.shape[-1], 1 / 32), 8) for image in images]
     rows = [heights[i : i + columns] for i in range(0, len(heights), columns)]
     width = columns * (_CELL + _GAP) + _GAP
     height = round(sum(max(row) + _CAPTION + _GAP for row in rows)) + footer

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import nn
 from typing_extensions import Self
 
+from coco_example.data.values import Identifier
 from coco_example.errors import RunError
 from coco_example.files import read_json, write_json, write_whole
 from coco_example.models.detectors import build_detector
@@ -35,14 +36,14 @@ class ModelSpec:
 
     model: ModelOptions
     one_to_many: bool
-    categories: tuple[tuple[int, str], ...]
+    categories: tuple[tuple[Identifier, str], ...]
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Self:
         """Read the content of a ``model.json``."""
         names = {option.name for option in fields(ModelOptions)}
         model = ModelOptions(**{name: value for name, value in values.items() if name in names})
-        categories = tuple((int(category), str(name)) for category, name in values["categories"])
+        categories = tuple((category, str(name)) for category, name in values["categories"])
         return cls(model, bool(values["one_to_many"]), categories)
 
     def as_flat(self) -> dict[str, Any]:
@@ -56,7 +57,7 @@ class ModelSpec:
         return len(self.categories) + 1
 
     @property
-    def label_to_category(self) -> dict[int, int]:
+    def label_to_category(self) -> dict[int, Identifier]:
         """Map each label to its COCO category id."""
         return {label: category for label, (category, _) in enumerate(self.categories, start=1)}
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from coco_example.data.annotations import Category
+from coco_example.data.values import Identifier, key_of
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import Detector
 from coco_example.models.detectors import torchvision_detector
@@ -22,15 +24,18 @@ from crosskd_assign.structures import Batch
 __all__ = ["TeacherInTraining", "load_teacher", "python_detector"]
 
 
-def load_teacher(reference: str, student: ModelOptions) -> tuple[nn.Module, dict[int, int]]:
+def load_teacher(
+    reference: str, student: ModelOptions, classes: Sequence[Category] = ()
+) -> tuple[nn.Module, dict[int, Identifier]]:
     """Load a one-to-many teacher.
 
     Args:
         reference: Folder of a finished run, "torchvision:NAME" or "python:FILE:FUNCTION".
         student: The detector to train; a teacher of torchvision's resizes images as it does.
+        classes: The student's; of a run's labels, those of the same names are theirs, whatever the ids.
 
     Returns:
-        The teacher, and the COCO category of each of its labels.
+        The teacher, and the category id of each of its labels.
 
     Raises:
         RunError: The run is not finished or not one-to-many, or the Python file does not give a detector.
@@ -50,10 +55,17 @@ def load_teacher(reference: str, student: ModelOptions) -> tuple[nn.Module, dict
             where=reference,
             fix="train it with --arm one-to-many",
         )
-    return model, spec.label_to_category
+    if not classes:
+        return model, spec.label_to_category
+    same = {(key_of(category.id), category.name): category.id for category in classes}
+    named = {category.name: category.id for category in classes}
+    pairs = [
+        (label, same.get((key_of(i), name), named.get(name))) for label, (i, name) in enumerate(spec.categories, 1)
+    ]
+    return model, {label: category for label, category in pairs if category is not None}
 
 
-def python_detector(reference: str) -> tuple[DetectorAdapter, dict[int, int]]:
+def python_detector(reference: str) -> tuple[DetectorAdapter, dict[int, Identifier]]:
     """Call a function of the user's own file for a trained detector and the COCO category of each of its labels.
 
     The file is run as a module, and imports what lies beside it before anything else of the same name. What it raises

@@ -81,7 +81,7 @@ class TestAugmentation:
             assert all(meeting)  # every image touches the point around which they lie
             wrong += (grey == covered).sum().item()
             total += grey.numel()
-            assert target["image_id"] == i + 1
+            assert target["image_id"] == i
         assert wrong < 0.01 * total  # strips thinner than 2 pixels have no box
 
     def test_boxes_that_become_too_small_go_with_their_labels(self, tmp_path):
@@ -99,7 +99,7 @@ class TestAugmentation:
             assert pixels.shape[0] == 3
             assert (target["boxes"].shape, target["boxes"].dtype) == ((0, 4), torch.float32)
             assert (target["labels"].shape, target["labels"].dtype) == ((0,), torch.int64)
-            assert (target["image_id"].item(), target["image_id"].dtype) == (1, torch.int64)
+            assert (target["image_id"].item(), target["image_id"].dtype) == (0, torch.int64)
 
     @pytest.mark.parametrize(
         ("level", "shape"), [("none", (3, 60, 80)), ("flip", (3, 60, 80)), ("crop", (3, 80, 80)), ("full", (3, 80, 80))]
@@ -117,6 +117,19 @@ class TestAugmentation:
         batch, [moved] = adapt(model).preprocess([pixels], [target])
         assert batch.sizes == (shape[1:],)  # the detector has nothing left to resize
         assert torch.equal(moved["boxes"], target["boxes"])
+
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_no_side_of_a_thin_image_vanishes(self, tmp_path, level):
+        images = [image(1, 900, 3), image(2, 3, 900), image(3, 1, 1)]
+        index = read_coco(*write_dataset(tmp_path, document(images, [box(1, (0, 0, 900, 3)), box(2, (0, 0, 3, 900))])))
+        for epoch, i in itertools.product(range(4), range(3)):
+            pixels, _ = CocoDataset(index, augmentation(64, level))[epoch, i]
+            assert min(pixels.shape) >= 1
+            assert max(pixels.shape) == 64
+        if level == "none":
+            model = adapt(build_detector(ModelOptions(size=64), 2))  # which resizes the same images by itself
+            batch, _ = model.preprocess([CocoDataset(index)[i][0] for i in range(3)])
+            assert batch.sizes == ((1, 64), (64, 1), (64, 64))
 
     def test_an_image_of_the_right_size_is_not_resampled(self, index):
         dataset, original = CocoDataset(index, augmentation(160, "flip")), CocoDataset(index)[4][0]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from coco_example.data.augmentation import augmentation
 from coco_example.data.dataset import CocoDataset, collate
-from coco_example.data.reader import CocoIndex, locate_split, read_coco
+from coco_example.data.layouts import locate_split
+from coco_example.data.reader import CocoIndex, read_coco
 from coco_example.data.sampler import ResumableSampler
 from coco_example.errors import DataError
 from PIL import Image
@@ -144,7 +145,7 @@ def test_real_sets_hold_what_their_readme_says(name, split, images, boxes, crowd
     assert (index.report.images, index.report.boxes, index.report.crowd_dropped) == (images, boxes, crowd)
     assert (index.report.degenerate_dropped, index.report.outside_dropped) == (0, 0)
     assert index.num_classes == classes + 1
-    reference = COCO(str(index.annotations))
+    reference = COCO(str(index.annotations.file))
     for record in index.records[:20]:
         expected = reference.loadAnns(reference.getAnnIds(imgIds=[record.id], iscrowd=False))
         assert [index.label_to_category[n] for n in record.labels.tolist()] == [a["category_id"] for a in expected]

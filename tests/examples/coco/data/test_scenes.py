@@ -11,7 +11,8 @@ import pytest
 import torch
 from coco_example.data import scenes
 from coco_example.data.dataset import CocoDataset
-from coco_example.data.reader import locate_split, read_coco
+from coco_example.data.layouts import locate_split
+from coco_example.data.reader import read_coco
 from coco_example.data.scenes import SHAPES, Layer, Scene, render, sample_scene, write_scenes
 from coco_example.errors import DataError
 from PIL import Image

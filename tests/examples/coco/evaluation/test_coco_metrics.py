@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coco_example.data.annotations import read_annotations
 from coco_example.evaluation.coco_metrics import CocoScores, coco_evaluate, coco_results
 
 CATEGORIES = [1, 3, 7, 18, 90]  # with gaps; nothing of category 90 exists
@@ -101,7 +102,7 @@ def same(ours, stats) -> bool:
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
 def test_equals_pycocotools(random_set, backend):
     path, results, _ = random_set
-    ours = coco_evaluate(path, results, backend=backend)
+    ours = coco_evaluate(read_annotations(path), results, backend=backend)
     if backend == "pycocotools":  # nothing but the summary is ours, so not even a rounding may differ
         assert np.array_equal([getattr(ours, name) for name in NUMBERS], reference(path, results), equal_nan=True)
     assert same(ours, reference(path, results))
@@ -116,15 +117,15 @@ def test_equals_pycocotools(random_set, backend):
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
 def test_image_ids_follow_coco(random_set, backend):
     path, results, image_ids = random_set
-    ours = coco_evaluate(path, results, image_ids=image_ids[5:25] + image_ids[5:8], backend=backend)
+    ours = coco_evaluate(read_annotations(path), results, image_ids=image_ids[5:25] + image_ids[5:8], backend=backend)
     assert same(ours, reference(path, results, image_ids[5:25]))
-    assert ours.ap != coco_evaluate(path, results).ap
+    assert ours.ap != coco_evaluate(read_annotations(path), results).ap
 
 
 def test_other_detection_limits(random_set):
     path, results, _ = random_set
-    faster = coco_evaluate(path, results, max_detections=(5, 2, 20))
-    slow = coco_evaluate(path, results, max_detections=(2, 5, 20), backend="pycocotools")
+    faster = coco_evaluate(read_annotations(path), results, max_detections=(5, 2, 20))
+    slow = coco_evaluate(read_annotations(path), results, max_detections=(2, 5, 20), backend="pycocotools")
     assert same(faster, [getattr(slow, name) for name in NUMBERS])
     # pycocotools' own summary of AP looks for a limit of 100 only, so its first number is left out
     assert same(faster, [faster.ap, *reference(path, results, max_detections=(2, 5, 20))[1:]])
@@ -135,8 +136,8 @@ def test_results_are_not_modified_and_nothing_is_printed(random_set, capfd, capl
     path, results, _ = random_set
     before = copy.deepcopy(results)
     with caplog.at_level(logging.DEBUG):
-        coco_evaluate(path, results)
-        coco_evaluate(path, results, backend="pycocotools")
+        coco_evaluate(read_annotations(path), results)
+        coco_evaluate(read_annotations(path), results, backend="pycocotools")
     assert results == before
     assert all(set(result) == {"image_id", "category_id", "bbox", "score"} for result in results)
     assert capfd.readouterr() == ("", "")
@@ -151,7 +152,7 @@ def test_half_the_objects_found(tmp_path):
         "scores": torch.tensor([0.5]),
         "labels": torch.tensor([1]),
     }
-    scores = coco_evaluate(path, coco_results([found], [4], LABEL_TO_CATEGORY))
+    scores = coco_evaluate(read_annotations(path), coco_results([found], [4], LABEL_TO_CATEGORY))
     assert scores.ap == scores.ap50 == scores.per_class["class 1"] == pytest.approx(51 / 101)
     assert scores.ar1 == scores.ar100 == scores.ar_medium == 0.5
     assert math.isnan(scores.ap_small)
@@ -167,7 +168,7 @@ def test_crowds_swallow_detections(tmp_path, crowd, expected):
         "scores": torch.linspace(0.9, 0.4, 6),
         "labels": torch.full((6,), 2),
     }
-    scores = coco_evaluate(path, coco_results([found], [1], LABEL_TO_CATEGORY))
+    scores = coco_evaluate(read_annotations(path), coco_results([found], [1], LABEL_TO_CATEGORY))
     # as an object, the big box is missed and the five are false: precision 1/6 up to recall 1/2
     assert scores.ap == pytest.approx(expected)
 
@@ -176,10 +177,10 @@ def test_crowds_swallow_detections(tmp_path, crowd, expected):
 def test_no_results_score_zero(random_set, backend):
     path, _, image_ids = random_set
     assert coco_results([], [], {}) == []
-    scores = coco_evaluate(path, [], backend=backend)
+    scores = coco_evaluate(read_annotations(path), [], backend=backend)
     assert set(scores.as_dict().values()) == {0.0}
     assert list(scores.as_dict()) == NUMBERS
-    only_empty = coco_evaluate(path, [], image_ids=[image_ids[0]], backend=backend)
+    only_empty = coco_evaluate(read_annotations(path), [], image_ids=[image_ids[0]], backend=backend)
     assert all(map(math.isnan, only_empty.as_dict().values()))
 
 
@@ -195,7 +196,9 @@ def test_the_truth_itself_scores_one(random_set, backend):
         labels = torch.tensor([category_to_label[box["category_id"]] for box in own], dtype=torch.int64)
         boxes[:, 2:] += boxes[:, :2]
         detections.append({"boxes": boxes, "scores": torch.ones(len(own)), "labels": labels})
-    scores = coco_evaluate(path, coco_results(detections, image_ids, LABEL_TO_CATEGORY), backend=backend)
+    scores = coco_evaluate(
+        read_annotations(path), coco_results(detections, image_ids, LABEL_TO_CATEGORY), backend=backend
+    )
     assert {scores.ap, scores.ap50, scores.ap_small, scores.ap_medium, scores.ap_large, scores.ar100} == {1.0}
 
 
@@ -209,7 +212,9 @@ def test_backends_agree_on_real_boxes():
             dx, dy, dw, dh = rng.normal(0, 0.08, 4)
             moved = [x + dx * w, y + dy * h, w * (1 + dw), h * (1 + dh)]
             results.append({**box, "bbox": moved, "score": float(rng.random())})
-    faster, slow = (coco_evaluate(BCCD, results, backend=backend) for backend in ("faster", "pycocotools"))
+    faster, slow = (
+        coco_evaluate(read_annotations(BCCD), results, backend=backend) for backend in ("faster", "pycocotools")
+    )
     assert same(faster, [getattr(slow, name) for name in NUMBERS])
     assert faster.per_class == pytest.approx(slow.per_class, rel=0, abs=np.spacing(1.0))
     assert 0.1 < faster.ap < 0.9
@@ -229,7 +234,7 @@ def test_files_with_bad_ids_and_without_optional_fields(tmp_path):
         "scores": torch.tensor([0.9, 0.8]),
         "labels": torch.tensor([1, 1]),
     }
-    scores = coco_evaluate(path, coco_results([found], [1], LABEL_TO_CATEGORY))
+    scores = coco_evaluate(read_annotations(path), coco_results([found], [1], LABEL_TO_CATEGORY))
     assert scores.ap == scores.ap_medium == 1.0  # 50 × 50 px is medium
     assert scores.per_class["thing (1)"] == 1.0
     assert len(scores.per_class) == len(CATEGORIES)
@@ -259,16 +264,16 @@ def test_mistakes_are_explained(random_set, tmp_path):
     broken = {"boxes": torch.full((1, 4), math.nan), "scores": torch.ones(1), "labels": torch.ones(1)}
     with pytest.raises(ValueError, match=r"finite.*image 7"):
         coco_results([broken], [7], {})
-    with pytest.raises(ValueError, match=r"image_ids.*\[999999\]"):
-        coco_evaluate(path, results, image_ids=[*image_ids, 999999])
-    with pytest.raises(ValueError, match=r"results.*\[999999\]"):
-        coco_evaluate(path, [*results, {**results[0], "image_id": 999999}])
+    with pytest.raises(ValueError, match=r"image_ids.*another id, 999999"):
+        coco_evaluate(read_annotations(path), results, image_ids=[*image_ids, 999999])
+    with pytest.raises(ValueError, match=r"results.*another id, 999999"):
+        coco_evaluate(read_annotations(path), [*results, {**results[0], "image_id": 999999}])
     with pytest.raises(ValueError, match="at least one image"):
-        coco_evaluate(path, results, image_ids=[])
+        coco_evaluate(read_annotations(path), results, image_ids=[])
     with pytest.raises(ValueError, match="three positive"):
-        coco_evaluate(path, results, max_detections=(1, 0, 100))
+        coco_evaluate(read_annotations(path), results, max_detections=(1, 0, 100))
     with pytest.raises(ValueError, match="backend"):
-        coco_evaluate(path, results, backend="hot")  # type: ignore[arg-type]
+        coco_evaluate(read_annotations(path), results, backend="hot")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("backend", "extra"), [("faster", "coco"), ("pycocotools", "dev")])
@@ -278,11 +283,11 @@ def test_missing_package_names_the_extra(random_set, monkeypatch, backend, extra
     for name in [package, f"{package}.coco", f"{package}.cocoeval"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=rf'Fix: pip install "crosskd_assign\[{extra}\]"'):
-        coco_evaluate(path, results, backend=backend)
+        coco_evaluate(read_annotations(path), results, backend=backend)
 
 
 def test_pycocotools_is_not_needed_nor_replaced(random_set, monkeypatch):
     path, results, _ = random_set
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    assert coco_evaluate(path, results).ap > 0
+    assert coco_evaluate(read_annotations(path), results).ap > 0
     assert sys.modules["pycocotools"] is None

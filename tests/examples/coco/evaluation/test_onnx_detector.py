@@ -88,6 +88,8 @@ def test_the_file_of_a_run_finds_what_the_run_finds(run, pictures, tmp_path, cap
     Image.new("RGB", (81, 48)).save(pictures / "2.png")
     assert call(predict, "--model", model, "--output", tmp_path / "other", pictures) == 2
     assert "got [1, 3, 48, 81]" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "other" / "detections.json").read_text())
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png"]  # it did not cost the others
 
 
 @pytest.mark.slow

@@ -101,6 +101,14 @@ def test_rows_of_different_shapes_and_a_crowd(tmp_path, caplog):
     assert not caplog.records  # matplotlib would complain of colours outside 0..1
 
 
+def test_a_strip_is_stretched_and_not_drawn_in_its_proportions(tmp_path):
+    for height, width in ((2, 3000), (3000, 2), (1, 1)):
+        found = {"boxes": torch.tensor([[0.0, 0, width, height]]), "labels": torch.tensor([1])}
+        path = draw_predictions(tmp_path / "a.png", [torch.rand(3, height, width)], [("a", [found])], {1: "a"})
+        with Image.open(path) as picture:
+            assert max(picture.size) < 6000  # 3,000 times as high as wide would be gigabytes
+
+
 @pytest.mark.parametrize(("number", "has_names"), [(40, True), (41, False)])
 def test_names_give_way_to_a_crowd(tmp_path, number, has_names):
     found = boxes(*[(150.0, 150, 200, 200, 1, 0.9)] * number)

@@ -7,8 +7,10 @@ import json
 import evaluate
 import pytest
 import torch
+from coco_example.data.annotations import Category
 from coco_example.models.saved_model import load_model
-from coco_example.models.teachers import TeacherInTraining, python_detector
+from coco_example.models.teachers import TeacherInTraining, load_teacher, python_detector
+from coco_example.options import ModelOptions
 from safetensors.torch import load_file
 
 from crosskd_assign import adapt
@@ -110,6 +112,16 @@ def test_a_run_that_is_loaded_by_ones_own_file_teaches_as_the_run_itself(worksho
     assert_same_run(tmp_path / "file", tmp_path / "run")
     assert lines[0] == lines[1]
     assert json.loads((tmp_path / "file" / "config.json").read_text())["teacher"] == f"python:{file}:trained"
+
+
+def test_the_labels_of_a_runs_teacher_are_the_students_by_name(teacher):
+    names = ["circle", "square", "triangle", "star", "cross", "ring"]
+    classes = [Category(100 + n, name) for n, name in enumerate(names[1:])]
+    _, labels = load_teacher(str(teacher), ModelOptions(size=64), classes)
+    assert labels == {2: 100, 3: 101, 4: 102, 5: 103, 6: 104}
+    _, labels = load_teacher(str(teacher), ModelOptions(size=64), [Category(1, "square"), Category(2, "square")])
+    assert labels == {2: 2}
+    assert load_teacher(str(teacher), ModelOptions(size=64))[1] == dict(enumerate(range(1, 7), 1))
 
 
 def test_a_foreign_detector_teaches_and_a_stopped_run_goes_on_as_if_it_had_not_stopped(

@@ -1,0 +1,160 @@
+"""Judge the data of a run before its first step: what cannot work is an error, what is likely wrong a warning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from coco_example.data.annotations import Annotations
+from coco_example.data.augmentation import THIN
+from coco_example.data.pictures import check_pictures
+from coco_example.data.reader import CocoIndex
+from coco_example.errors import DataError
+
+__all__ = ["judge_boxes", "judge_pictures", "judge_splits"]
+
+_LARGE = 0.1  # share of boxes from which on something is likely wrong
+
+
+def judge_splits(train: CocoIndex, val: CocoIndex, *, size: int, short_side: int = 0, top_k: int = 100) -> list[str]:
+    """Judge both splits of a run, without opening a picture.
+
+    Args:
+        train: Images to train on.
+        val: Images to evaluate on.
+        size: Longer side of the resized images in pixels.
+        short_side: Bound of their shorter side; 0 for none.
+        top_k: Detections of an image.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        DataError: A split has no images, no categories or no box to use.
+    """
+    return [
+        *judge_boxes(train, "training", top_k=top_k),
+        *_vanishing(train, size, short_side),
+        *judge_boxes(val, "validation", top_k=top_k),
+        *_shared(train, val),
+    ]
+
+
+def judge_boxes(index: CocoIndex, split: str, *, top_k: int = 100) -> list[str]:
+    """Judge the boxes of one split.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        DataError: It has no images, no categories or no box to use.
+    """
+    # 1. There has to be something of everything.
+    content, report = index.annotations, index.report
+    crowds, boxes = int(content.crowd.sum()), len(content.crowd)
+    dropped = report.degenerate_dropped + report.outside_dropped
+    causes = f"{report.degenerate_dropped:,} thinner than a pixel, {report.outside_dropped:,} outside their picture"
+    suspicion = _suspicion(content)
+    for name, count in (("images", report.images), ("categories", len(index.categories)), ("boxes", report.boxes)):
+        if count == 0:
+            left = f" of {boxes:,} that can be used, {crowds:,} crowds, {causes}" if name == "boxes" and boxes else ""
+            raise DataError(
+                expected=f"{split} {name}",
+                got="; ".join(filter(None, (f"none{left}", suspicion))),
+                where=str(content.file),
+                fix="see that it is the right file, and that bbox is [x, y, width, height] in pixels of the picture",
+            )
+
+    # 2. Boxes that are likely wrong, or not found for sure.
+    warnings = []
+    if dropped >= _LARGE * (boxes - crowds):
+        warnings.append(f"{_share(dropped, boxes - crowds)} are dropped: {causes}")
+    if suspicion:
+        warnings.append(suspicion)
+    if content.unknown:
+        lost = int((content.label > len(content.categories)).sum())
+        names = ", ".join(map(str, content.unknown[:5])) + (", …" if len(content.unknown) > 5 else "")
+        warnings.append(f"{_share(lost, boxes)} are of classes that the run does not know and count as missed: {names}")
+    objects = np.bincount(content.owner[~content.crowd], minlength=report.images)
+    if (objects > top_k).any():
+        warnings.append(
+            f"{_count(int((objects > top_k).sum()), 'image')} with more than {top_k} objects, at most {objects.max()}: "
+            f"those beyond are never found; raise --top-k"
+        )
+    return [f"{split} data: {warning} ({content.file})" for warning in warnings]
+
+
+def judge_pictures(index: CocoIndex, *, decode: bool = False, limit: int | None = None) -> None:
+    """Check that the pictures of an index have their annotated sizes, and whether they can be decoded.
+
+    Raises:
+        DataError: One is something else.
+    """
+    records = index.records[:limit]
+    sizes = [(record.width, record.height) for record in records]
+    check_pictures([record.path for record in records], sizes, decode=decode)
+
+
+def _suspicion(content: Annotations) -> str:
+    """Name the likely cause of boxes that do not fit their pictures, if there is one."""
+    # 1. Boxes and pictures that can be judged.
+    finite = ~content.crowd & np.isfinite(content.xywh).all(axis=1)
+    boxes = content.xywh[finite]  # (F, 4)
+    sizes = np.array([[image.width, image.height] for image in content.images], dtype=np.float64).reshape(-1, 2)
+    limit = sizes[content.owner[finite]]  # (F, 2)
+    if len(boxes) == 0:
+        return ""
+
+    # 2. Fractions of the picture, two corners, or pixels of another picture.
+    fractions = (boxes < 1.5).all(axis=1) & (limit > 1.5).any(axis=1)
+    out = (boxes[:, :2] + boxes[:, 2:] > 1.01 * limit + 2).any(axis=1)  # by more than rounding
+    corners = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (boxes[:, 2:] <= limit + 1).all(axis=1)
+    if fractions.mean() >= _LARGE:
+        return f"{_share(fractions.sum(), len(boxes))} look like fractions of the picture, where pixels are expected"
+    if out.mean() >= _LARGE and corners.mean() > 1 - _LARGE:
+        return f"{_share(corners.sum(), len(boxes))} look like x1, y1, x2, y2, where x, y, width, height are expected"
+    if out.mean() >= _LARGE:
+        return f"{_share(out.sum(), len(boxes))} reach out of their picture, as after resizing pictures without boxes"
+    return ""
+
+
+def _vanishing(index: CocoIndex, size: int, short_side: int) -> list[str]:
+    """Judge how many boxes are too thin to train on once the images are resized."""
+    sides = torch.tensor([[record.width, record.height] for record in index.records])  # (images, 2)
+    longer, shorter = sides.amax(dim=1), sides.amin(dim=1)
+    factor = size / longer if short_side == 0 else torch.minimum(size / longer, short_side / shorter)
+    factor = factor.repeat_interleave(torch.tensor([len(record.boxes) for record in index.records]))
+    corners = torch.cat([record.boxes for record in index.records])
+    lost = int(((corners[:, 2:] - corners[:, :2]) * factor[:, None] < THIN).any(dim=1).sum())
+    file, boxes = index.annotations.file, index.report.boxes
+    if lost == boxes:
+        raise DataError(
+            expected=f"boxes of at least {THIN} pixels once the images are resized",
+            got=f"none of {boxes:,}",
+            where=f"--size {size}, {file}",
+            fix="raise --size",
+        )
+    if lost < _LARGE * boxes:
+        return []
+    reason = f"thinner than {THIN} pixels at --size {size} and not trained on; raise --size"
+    return [f"training data: {_share(lost, boxes)} are {reason} ({file})"]
+
+
+def _shared(train: CocoIndex, val: CocoIndex) -> list[str]:
+    """Judge how many pictures are in both splits."""
+    folders = {folder: folder.resolve() for split in (train, val) for folder in {r.path.parent for r in split.records}}
+    seen, again = ([folders[r.path.parent] / r.path.name for r in split.records] for split in (train, val))
+    both = len(set(seen) & set(again))
+    if both == 0:
+        return []
+    return [f"validation data: {both:,} of {len(again):,} pictures are trained on, too; scores say little about others"]
+
+
+def _share(part: int | np.integer[Any], whole: int) -> str:
+    return f"{part:,} of {_count(whole, 'box', 'boxes')} ({part / max(1, whole):.1%})"
+
+
+def _count(count: int, one: str, many: str = "") -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
