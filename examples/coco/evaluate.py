@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from coco_example.commands import CommandParser, run_command
 from coco_example.data.reader import locate_split, read_coco
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, evaluate, table
 from coco_example.files import write_json
@@ -21,7 +21,6 @@ from coco_example.models.saved_model import load_model
 from coco_example.models.teachers import python_detector
 
 from crosskd_assign import adapt
-from crosskd_assign.errors import CrossKDError
 
 __all__ = ["main"]
 
@@ -39,7 +38,7 @@ def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, int]
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="folder of a finished run")
     which.add_argument("--detector", help="python:FILE:FUNCTION, one-to-many detector of your own")
@@ -56,24 +55,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def run(options: argparse.Namespace) -> None:
+    """Score a detector and print its scores."""
     # 1. Score.
-    try:
-        detector, categories, described = load_detector(options)
-        index = read_coco(*locate_split(options.data_path, options.split, options.annotations))
-        result = evaluate(
-            detector,
-            index,
-            label_to_category=categories,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            nms_threshold=options.nms_threshold,
-        )
-    except CrossKDError as error:  # what the user can mend, in one sentence
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    detector, categories, described = load_detector(options)
+    index = read_coco(*locate_split(options.data_path, options.split, options.annotations))
+    result = evaluate(
+        detector,
+        index,
+        label_to_category=categories,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        nms_threshold=options.nms_threshold,
+    )
 
     # 2. Report.
     print(index.report)
@@ -81,7 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output is not None:
         write_json(options.output, {"spec": described, "scores": result.as_dict()})
         print(json.dumps({"written": str(options.output)}))
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    return run_command(lambda: run(options))
 
 
 if __name__ == "__main__":

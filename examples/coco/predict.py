@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from coco_example.commands import CommandParser, run_command
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, on_cpu
 from coco_example.evaluation.onnx_detector import OnnxDetector
@@ -27,7 +27,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from crosskd_assign import adapt
-from crosskd_assign.errors import CrossKDError
 from crosskd_assign.structures import Detection
 
 __all__ = ["find_images", "load_run", "main", "picture_paths", "read_image"]
@@ -110,7 +109,7 @@ def above(detection: Detection, threshold: float) -> Detection:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of them")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="folder of a finished run")
@@ -158,15 +157,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def report(rows: list[dict[str, Any]], output: Path) -> None:
+    """Print what was found, and where the pictures are."""
+    print(json.dumps({"pictures": len(rows), "objects": sum(len(row["names"]) for row in rows), "in": str(output)}))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        rows = run(options)
-    except CrossKDError as error:  # what the user can mend, in one sentence
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"pictures": len(rows), "objects": sum(len(r["names"]) for r in rows), "in": str(options.output)}))
-    return 0
+    return run_command(lambda: report(run(options), options.output))
 
 
 if __name__ == "__main__":

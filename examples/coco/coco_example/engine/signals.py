@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and what waits for them."""
+"""Signals that ask a run to stop: at once where nothing is lost by it, at the end of a step while it trains."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["Interrupted", "Signals", "caught_signals", "leave_signals_alone"]
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(RuntimeError):  # noqa: N818  # not an error: the run was saved and can go on
-    """SIGINT or SIGTERM came; the run was saved."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came. As a `KeyboardInterrupt`, it passes by whatever handles errors on the way."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -21,19 +21,53 @@ class Interrupted(RuntimeError):  # noqa: N818  # not an error: the run was save
 
 
 class Signals:
-    """The last signal that asked to stop, 0 before."""
+    """What becomes of signals that ask to stop: each raises `Interrupted` at once, or is held until that is safe.
 
-    number = 0
+    Attributes:
+        number: The last signal, 0 before.
+        place: Where the work is, for the message.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.place, self._held = 0, "", False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal."""
+        """Handle a signal."""
         del frame
         self.number = number
+        if not self._held:
+            self.check()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has come."""
+        if self.number:
+            raise Interrupted(self.number, f"stopped {self.place}".rstrip())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold signals until the block ends: what happens in it is whole, or fails on its own."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+        if not before:
+            self.check()
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Let signals through again, within a block that holds them."""
+        before, self._held = self._held, False
+        try:
+            self.check()
+            yield
+        finally:
+            self._held = before
 
 
 @contextmanager
 def caught_signals() -> Iterator[Signals]:
-    """Note SIGINT and SIGTERM instead of dying of them, so that training stops at the end of a step."""
+    """Handle SIGINT and SIGTERM by `Signals` instead of dying of them."""
     signals = Signals()
     before = {number: signal.signal(number, signals) for number in _STOPPING}
     try:

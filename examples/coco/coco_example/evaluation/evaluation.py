@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
-from coco_example.data.dataset import CocoDataset, collate
+from coco_example.data.dataset import CocoDataset
 from coco_example.data.reader import CocoIndex
-from coco_example.engine.signals import leave_signals_alone
+from coco_example.engine.distributed import ALONE, Worker
+from coco_example.engine.loaders import loaded
 from coco_example.evaluation.coco_metrics import CocoScores, coco_evaluate, coco_results
 from crosskd_assign import DensePredictions, DetectorAdapter
 from crosskd_assign.detectors.probing import evaluation_mode
@@ -91,37 +92,41 @@ def detect(
     workers: int = 0,
     precision: torch.dtype = torch.float32,
     nms_threshold: float = NMS_THRESHOLD,
+    worker: Worker = ALONE,
 ) -> tuple[list[Detection], list[Detection], list[Target]]:
     """Detect objects in the first ``limit`` images; options are those of `evaluate`.
 
     Returns:
         Detections without NMS, detections with NMS, and the targets, on the CPU.
     """
-    # 1. Images in the order of the index.
-    subset = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
-    loader = DataLoader(
-        subset,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=leave_signals_alone,
-        generator=torch.Generator(),  # without its own it would draw from the generator that training resumes
-    )
+    # 1. Whole batches in the order of the index, dealt to the processes in turn: a batch has a size of its own.
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    dealt = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
 
     # 2. Predict once, select twice.
     device = detector.device
-    plain: list[Detection] = []
-    suppressed: list[Detection] = []
-    targets: list[Target] = []
-    with evaluation_mode(detector.adapter):
-        for images, batch_targets in loader:
+    done: list[list[tuple[Detection, Detection, Target]]] = []
+    with (
+        evaluation_mode(detector.adapter),
+        loaded(dataset, dealt[worker.rank :: worker.count], workers=workers) as batches,
+    ):
+        for images, targets in batches:
             with torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext():
                 predictions, batch = detector.predict([image.to(device) for image in images])
-            for kept, threshold in ((plain, None), (suppressed, nms_threshold)):
-                found = one_to_many_detections(detector.adapter, predictions, batch, nms_threshold=threshold)
-                kept += [on_cpu(detection) for detection in found]
-            targets += batch_targets
-    return plain, suppressed, targets
+            plain, suppressed = (
+                map(on_cpu, one_to_many_detections(detector.adapter, predictions, batch, nms_threshold=threshold))
+                for threshold in (None, nms_threshold)
+            )
+            done.append(list(zip(plain, suppressed, targets, strict=True)))
+
+    # 3. All of them, in the order of the index.
+    shares = worker.gather(done)
+    images_in_order = [row for n in range(len(dealt)) for row in shares[n % worker.count][n // worker.count]]
+    return (
+        [row[0] for row in images_in_order],
+        [row[1] for row in images_in_order],
+        [row[2] for row in images_in_order],
+    )
 
 
 def evaluate(
@@ -134,8 +139,11 @@ def evaluate(
     workers: int = 0,
     precision: torch.dtype = torch.float32,
     nms_threshold: float = NMS_THRESHOLD,
+    worker: Worker = ALONE,
 ) -> Evaluation:
     """Score a detector on an index. Its modes and the random state stay as they are.
+
+    Several processes detect in a share of the images each; the first one scores, and all get the scores.
 
     Args:
         detector: The detector.
@@ -146,8 +154,8 @@ def evaluate(
         workers: Loader processes.
         precision: Autocast dtype.
         nms_threshold: IoU above which NMS drops the weaker box of a class.
+        worker: This process, where several evaluate the same detector.
     """
-    # 1. Detect.
     plain, suppressed, targets = detect(
         detector,
         CocoDataset(index),
@@ -156,17 +164,27 @@ def evaluate(
         workers=workers,
         precision=precision,
         nms_threshold=nms_threshold,
+        worker=worker,
     )
-
-    # 2. Score both lists in the categories of the annotation file.
     categories = dict(index.label_to_category if label_to_category is None else label_to_category)
+    return worker.first_does(partial(_scores, index, categories, plain, suppressed, targets))
+
+
+def _scores(
+    index: CocoIndex,
+    categories: Mapping[int, int],
+    plain: list[Detection],
+    suppressed: list[Detection],
+    targets: list[Target],
+) -> Evaluation:
+    # 1. Score both lists in the categories of the annotation file.
     ids = [int(target["image_id"]) for target in targets]
     scores = [
         coco_evaluate(index.annotations, coco_results(detections, ids, categories), image_ids=ids)
         for detections in (plain, suppressed)
     ]
 
-    # 3. Count duplicates against targets, whose labels are the index's own.
+    # 2. Count duplicates against targets, whose labels are the index's own.
     own = {category: label for label, category in index.label_to_category.items()}
     translation = {label: own.get(category, -1) for label, category in categories.items()}
     reports = [

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from coco_example.engine.checkpoints import load_checkpoint
 from coco_example.engine.metrics_log import read_metrics
-from coco_example.engine.run_folder import load_checkpoint
 from safetensors.torch import load_file
 
 
