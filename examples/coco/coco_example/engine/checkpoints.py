@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ __all__ = ["CHECKPOINTS", "load_checkpoint", "misfit", "read_checkpoint", "save_
 CHECKPOINTS = ("last.pt", "previous.pt")  # newest first
 
 State = dict[str, Any]
+
+_NEEDED = {"state", "param_groups", "params", "lr", "last_epoch", "lr_lambdas", "scale", "cpu"}  # of all versions
 
 
 def save_checkpoint(folder: Path, state: State) -> None:
@@ -104,9 +107,13 @@ def read_checkpoint(path: Path) -> State:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise RunError(f"{type(state).__name__} instead of a checkpoint")
-    written = state.pop("digest", None)  # earlier versions wrote none
-    if written is not None and written != digest(state):
-        raise RunError("changed since it was written")
+    written = state.pop("digest", None)
+    whole = written == digest(state)
+    if written is None:  # as earlier versions wrote it; their archives have checksums, which torch does not look at
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None
+    if not whole:
+        raise RunError("it has changed since it was written")
     return state
 
 
@@ -138,7 +145,7 @@ def misfit(own: State, state: State, *, total_steps: int, random: dict[str, Tens
     for name in ("method", "average"):
         if wrong is None and name in own and own[name].keys() != state[name].keys():
             wrong = f"{name}: other tensors"
-    if wrong is None and state["scheduler"].get("last_epoch") != step:
+    if wrong is None and state["scheduler"]["last_epoch"] != step:
         wrong = "scheduler: at another step"
     return wrong or _odd_moments(state["optimizer"], own["method"])
 
@@ -146,7 +153,7 @@ def misfit(own: State, state: State, *, total_steps: int, random: dict[str, Tens
 def _difference(own: Any, other: Any, name: str) -> str | None:
     """Describe the first place where a state does not fit another of the same thing; None if it fits.
 
-    Tensors need equal shapes and types, lists equal lengths; entries that only one mapping has are left to
+    Tensors need equal shapes and types, lists equal lengths. Most entries that only one mapping has are left to
     ``load_state_dict``, for versions of torch add some.
     """
     parts: list[tuple[Any, Any, str]] = []
@@ -154,11 +161,11 @@ def _difference(own: Any, other: Any, name: str) -> str | None:
         fits = isinstance(other, Tensor) and (own.shape, own.dtype) == (other.shape, other.dtype)
         fits = fits and bool(other.isfinite().all())
     elif isinstance(own, Mapping):
-        fits = isinstance(other, Mapping)
-        parts = [(own[key], other[key], f"{name}.{key}") for key in own if fits and key in other]
+        if fits := isinstance(other, Mapping) and not (own.keys() - other.keys()) & _NEEDED:
+            parts = [(own[key], other[key], f"{name}.{key}") for key in own if key in other]
     elif isinstance(own, (list, tuple)):
-        fits = isinstance(other, (list, tuple)) and len(own) == len(other)
-        parts = [(mine, theirs, f"{name}.{n}") for n, (mine, theirs) in enumerate(zip(own, other, strict=True))] * fits
+        if fits := isinstance(other, (list, tuple)) and len(own) == len(other):
+            parts = [(*pair, f"{name}.{n}") for n, pair in enumerate(zip(own, other, strict=True))]
     else:
         fits = type(own) is type(other) and (not isinstance(other, float) or math.isfinite(other))
     if not fits:
@@ -168,9 +175,8 @@ def _difference(own: Any, other: Any, name: str) -> str | None:
 
 def _odd_moments(optimizer: State, method: State) -> str | None:
     """Describe what an optimizer's state holds that can be no parameter's moments; a new optimizer has none to fit."""
-    moments = optimizer.get("state")
-    groups = optimizer.get("param_groups", [])
-    count = sum(len(group["params"]) for group in groups)
+    moments = optimizer["state"]
+    count = sum(len(group["params"]) for group in optimizer["param_groups"])
     if not isinstance(moments, dict) or not all(type(n) is int and 0 <= n < count for n in moments):
         return "optimizer: moments of other parameters"
     known = {tuple(value.shape) for value in method.values()} | {()}

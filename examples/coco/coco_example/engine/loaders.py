@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from coco_example.data.dataset import Target, collate
-from coco_example.engine.signals import leave_signals_alone
+from coco_example.engine.signals import deferred_signals, leave_signals_alone
 from coco_example.errors import DataError, FileError, RunError, first_line
 from crosskd_assign.errors import CrossKDError
 
@@ -52,19 +52,16 @@ def loaded(
     )
     iterator: Any = None
     try:
-        iterator = iter(loader)
-        yield map(_opened, iterator)
+        with deferred_signals():
+            iterator = iter(loader)
+        yield _received(iterator)
     except RuntimeError as error:  # raised anywhere in the block, by torch's handler of SIGCHLD
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise RunError(
-            expected="the processes that load images to live",
-            got=first_line(error),
-            where="--workers",
-            fix="see whether memory is short, lower --workers, and go on with --resume",
-        ) from error
+        raise _lost(error) from error
     finally:
-        _end(iterator, set(multiprocessing.active_children()) - others)
+        with deferred_signals():
+            _end(iterator, set(multiprocessing.active_children()) - others)
 
 
 def _end(iterator: Any, processes: Iterable[Any]) -> None:
@@ -113,7 +110,20 @@ def _collate(items: Sequence[Any]) -> Batch | _Failure:
     return failure or collate(items)
 
 
-def _opened(batch: Batch | _Failure) -> Batch:
-    if isinstance(batch, _Failure):
-        raise batch.kind(batch.message)
-    return batch
+def _received(iterator: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+    try:
+        for batch in iterator:
+            if isinstance(batch, _Failure):
+                raise batch.kind(batch.message)
+            yield batch
+    except (OSError, EOFError) as error:  # a process was killed while it sent a batch; its own errors are failures
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> RunError:
+    return RunError(
+        expected="the processes that load images to live",
+        got=first_line(error),
+        where="--workers",
+        fix="see whether memory or open files are short, lower --workers, and go on with --resume",
+    )

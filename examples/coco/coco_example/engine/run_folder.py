@@ -45,7 +45,12 @@ _FIRST |= {f"{name}.tmp" for name in (*_FIRST, "last.pt")} | {".batch0.png.tmp"}
 
 def goes_on(folder: Path) -> bool:
     """Return whether a folder holds a run that ``--resume`` would go on with, from its first step at least."""
-    return any((folder / name).exists() for name in (*CHECKPOINTS, "config.json"))
+    names = _names(folder)
+    return bool(names & set(CHECKPOINTS)) or ("config.json" in names and names <= _FIRST)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
@@ -58,7 +63,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise RunError(
             expected="a run to resume", got="none", where=f"{folder}", fix="leave out --resume, or name its folder"
         )
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = _names(folder)
     claimed = LOCK in names and names <= _FIRST
     if not resume and names and not claimed:
         raise RunError(
@@ -109,7 +114,11 @@ def check_options(folder: Path, options: Options) -> None:
     Raises:
         RunError: It has others, which are named with both values.
     """
-    _refuse(folder, "options", options.differences(read_json(folder / "config.json")), "repeat them")
+    path = folder / "config.json"
+    then = read_json(path)
+    if "arm" not in then:  # an empty list of differences would only mean that all have their defaults
+        raise RunError(expected="the options of a run", got="something else", where=f"{path}", fix="restore that file")
+    _refuse(folder, "options", options.differences(then), "repeat them")
 
 
 def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Interrupted", "Signals", "caught_signals", "leave_signals_alone"]
+__all__ = ["Interrupted", "Signals", "caught_signals", "deferred_signals", "leave_signals_alone"]
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -70,11 +72,46 @@ def caught_signals() -> Iterator[Signals]:
     """Handle SIGINT and SIGTERM by `Signals` instead of dying of them."""
     signals = Signals()
     before = {number: signal.signal(number, signals) for number in _STOPPING}
+    hook, sys.unraisablehook = sys.unraisablehook, _once_more
     try:
         yield signals
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _once_more(unraisable: sys.UnraisableHookArgs) -> None:
+    """Let a signal come again that was raised where Python only prints errors, such as a destructor."""
+    if isinstance(unraisable.exc_value, Interrupted):
+        again = threading.Timer(0.05, _send, (unraisable.exc_value.number,))  # at once would be in the same place
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _send(number: int) -> None:
+    if not isinstance(signal.getsignal(number), Signals):
+        return  # the work has ended
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Let signals come after the block, whoever handles them: what starts or ends processes must not be half done."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda late, _: came.append(late)) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def leave_signals_alone(worker: int) -> None:
