@@ -150,7 +150,8 @@ def join_workers(timeout: timedelta | None = None) -> Iterator[Worker]:
     # 2. Its group.
     store, rank, count = next(rendezvous("env://"))
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=count, timeout=timeout)
-    worker = Worker(rank, count, device, PrefixStore("workers", store))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may start all again, with the same store
+    worker = Worker(rank, count, device, PrefixStore(f"workers {attempt}", store))
     try:
         yield worker
     except BaseException as error:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from coco_example.data.dataset import Target, collate
 from coco_example.engine.signals import deferred_signals, leave_signals_alone
@@ -107,7 +107,17 @@ class _Guarded(Dataset[Any]):
 
 def _collate(items: Sequence[Any]) -> Batch | _Failure:
     failure = next((item for item in items if isinstance(item, _Failure)), None)
-    return failure or collate(items)
+    if failure is not None:
+        return failure
+    images, targets = collate(items)
+    if get_worker_info() is not None:
+        # The queue would do it, too, but where it fails it prints a traceback, drops the batch and lets us wait for it.
+        try:
+            for tensor in (*images, *(value for target in targets for value in target.values())):
+                tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        except (OSError, RuntimeError) as error:
+            return _Failure(RunError, str(_lost(error)))
+    return images, targets
 
 
 def _received(iterator: Iterator[Batch | _Failure]) -> Iterator[Batch]:
@@ -122,8 +132,8 @@ def _received(iterator: Iterator[Batch | _Failure]) -> Iterator[Batch]:
 
 def _lost(error: Exception) -> RunError:
     return RunError(
-        expected="the processes that load images to live",
+        expected="the processes that load images to live and to pass them on",
         got=first_line(error),
         where="--workers",
-        fix="see whether memory or open files are short, lower --workers, and go on with --resume",
+        fix="see whether memory, shared memory or open files are short, lower --workers, and go on with --resume",
     )

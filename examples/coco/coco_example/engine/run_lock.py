@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from coco_example.commands import say
 from coco_example.errors import RunError
 
 if sys.platform == "win32":
@@ -20,6 +21,8 @@ else:
 __all__ = ["LOCK", "locked_folder"]
 
 LOCK = "run.lock"
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -59,6 +62,9 @@ def _open_locked(path: Path) -> int:
             _lock(file)
         except OSError as error:
             os.lseek(file, 0, os.SEEK_SET)
+            if error.errno in _NO_LOCKS:
+                say(f"no locks on the file system of {path.parent}: see that no other run works there")
+                return file
             holder = os.read(file, 200).decode(errors="replace").strip()
             os.close(file)
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):

@@ -20,6 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 BROKEN = DataError(expected="a readable image", got="none", where="a.png", fix="replace it")
 
 
+def no_room(_: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("unable to allocate shared memory(shm)")
+
+
 class Images(Dataset[Any]):
     """Four images, the last of which does what it is told in the process that loads it."""
 
@@ -38,6 +42,8 @@ class Images(Dataset[Any]):
             raise PermissionError(errno.EACCES, "Permission denied", "a.png")
         if self.what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "crowded":  # in this process alone, which is the loader's
+            torch.Tensor.share_memory_ = no_room  # type: ignore[method-assign]
         if self.what == "stuck":
             time.sleep(1000)
 
@@ -58,7 +64,12 @@ def test_batches_come_in_order_and_the_processes_end(workers):
     [
         ("broken", DataError, "Expected a readable image, but got none (a.png). Fix: replace it."),
         ("unreadable", FileError, "but got Permission denied (a.png). Fix: choose a place that you may read"),
-        ("killed", RunError, "Expected the processes that load images to live, but got "),
+        ("killed", RunError, "Expected the processes that load images to live and to pass them on, but got "),
+        (
+            "crowded",
+            RunError,
+            "but got unable to allocate shared memory(shm) (--workers)",
+        ),
     ],
 )
 def test_what_goes_wrong_in_a_process_is_one_sentence(what, kind, reason):

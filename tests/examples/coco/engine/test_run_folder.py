@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -67,6 +68,15 @@ def test_a_lock_leaves_what_was_there_and_what_was_written(tmp_path):
     with locked_folder(tmp_path / "run"):
         (tmp_path / "run" / "config.json").touch()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK, "config.json"}
+
+
+def test_where_there_are_no_locks_a_run_works_and_says_so(tmp_path, monkeypatch, capsys):
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    with locked_folder(tmp_path / "run"):
+        assert f"no locks on the file system of {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_pictures")
