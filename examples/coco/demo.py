@@ -6,25 +6,26 @@ python examples/coco/demo.py --output runs/demo
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from coco_example.commands import CommandParser, run_command, say
+from coco_example.engine.run_folder import goes_on
 from coco_example.engine.signals import Interrupted
+from coco_example.errors import printable
 from coco_example.evaluation.evaluation import table
 from coco_example.files import write_json
 from coco_example.options import Arm, DataOptions, MethodOptions, Options, TeacherOptions, TrainingOptions
 from train import run
-
-from crosskd_assign.errors import CrossKDError
 
 __all__ = ["main"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for both runs (runs/demo)")
     parser.add_argument("--data-path", type=Path, default=Path("data/demo"), help="folder for the scenes (data/demo)")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of each of the two trainings (8)")
@@ -51,8 +52,8 @@ def run_options(arm: Arm, output: Path, teacher: Path | None, options: argparse.
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def compare(options: argparse.Namespace) -> None:
+    """Train both and print the table; what an earlier start has done already is not done again."""
     begun = time.perf_counter()
 
     # 1. Train both.
@@ -61,19 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = []
     try:
         for training in trainings:
-            print(f"\n{training.method.arm}: training into {training.output}", file=sys.stderr)
-            scores.append(run(training))
-    except CrossKDError as error:  # what the user can mend, in one sentence
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            say(f"\n{training.method.arm}: training into {training.output}")
+            scores.append(run(replace(training, resume=goes_on(Path(training.output)))))
     except Interrupted as stop:
-        print(f"stopped; to begin again, remove {options.output}", file=sys.stderr)
-        return 128 + stop.number
+        raise Interrupted(stop.number, "stopped; the same command goes on from here") from None
 
     # 2. Compare them.
     teacher, student = scores
     if teacher is None or student is None:  # not the first of several processes
-        return 0
+        return
     rows = [
         ("teacher (one-to-many), with NMS", teacher.nms, teacher.duplicates_nms),
         ("teacher (one-to-many), without NMS", teacher.plain, teacher.duplicates),
@@ -82,8 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = {name: {"ap": s.ap, "ap50": s.ap50, "duplicates": d.rate} for name, s, d in rows}
     write_json(options.output / "table.json", summary)
     print("\n" + table(rows))
-    print(f"\n{time.perf_counter() - begun:.0f} s in all. Pictures: {options.output}/*/*.png")
-    return 0
+    print(printable(f"\n{time.perf_counter() - begun:.0f} s in all. Pictures: {options.output}/*/*.png"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    return run_command(lambda: compare(options))
 
 
 if __name__ == "__main__":

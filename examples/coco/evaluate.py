@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from coco_example.commands import CommandParser, run_command, say
 from coco_example.data.annotations import Category
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
@@ -27,7 +27,6 @@ from coco_example.models.saved_model import load_model
 from coco_example.models.teachers import python_detector
 
 from crosskd_assign import adapt
-from crosskd_assign.errors import CrossKDError
 
 __all__ = ["main"]
 
@@ -52,7 +51,7 @@ def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Iden
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="folder of a finished run")
     which.add_argument("--detector", help="python:FILE:FUNCTION, one-to-many detector of your own")
@@ -74,31 +73,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        # 1. The detector, and images in its classes.
-        detector, labels, classes, described = load_detector(options)
-        folder, file = locate_split(options.data_path, options.split, options.annotations, options.images)
-        index = read_coco(folder, file, classes)
-        categories = index.label_to_category if classes else labels
-        for warning in judge_boxes(index, options.split, top_k=detector.top_k):
-            print(f"warning: {warning}", file=sys.stderr)
-        judge_pictures(index, limit=options.limit)
+def run(options: argparse.Namespace) -> None:
+    """Score a detector and print its scores."""
+    # 1. The detector, and images in its classes.
+    detector, labels, classes, described = load_detector(options)
+    folder, file = locate_split(options.data_path, options.split, options.annotations, options.images)
+    index = read_coco(folder, file, classes)
+    categories = index.label_to_category if classes else labels
+    for warning in judge_boxes(index, options.split, top_k=detector.top_k):
+        say(f"warning: {warning}")
+    judge_pictures(index, limit=options.limit)
 
-        # 2. Score.
-        found = detect(
-            detector,
-            CocoDataset(index),
-            limit=options.limit,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            nms_threshold=options.nms_threshold,
-        )
-        result = score(found, index, label_to_category=categories, top_k=detector.top_k)
-    except CrossKDError as error:  # what the user can mend, in one sentence
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    # 2. Score.
+    found = detect(
+        detector,
+        CocoDataset(index),
+        limit=options.limit,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        nms_threshold=options.nms_threshold,
+    )
+    result = score(found, index, label_to_category=categories, top_k=detector.top_k)
 
     # 3. Report.
     print(index.report)
@@ -110,7 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         detections = found.suppressed if detector.ranking == "class_quality" else found.plain
         write_json(options.results, coco_results(detections, found.image_ids(index), categories))
         print(json.dumps({"written": str(options.results)}))
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    return run_command(lambda: run(options))
 
 
 if __name__ == "__main__":

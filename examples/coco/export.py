@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coco_example.commands import CommandParser, run_command
 from coco_example.errors import RunError
 from coco_example.models.saved_model import load_model
 
 from crosskd_assign import EndToEndDetector
-from crosskd_assign.errors import CrossKDError
 from crosskd_assign.export import ExportReport, export_onnx
 from crosskd_assign.export.tensor_detector import Preprocessing
 
@@ -73,7 +72,7 @@ def export(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--output", type=Path, default=None, help="file to write (model.onnx in the run's folder)")
     size = parser.add_mutually_exclusive_group()
@@ -90,21 +89,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def run(options: argparse.Namespace) -> None:
+    """Export a detector and print what was written."""
     path = options.output or options.run / "model.onnx"
-    try:
-        report = export(
-            options.run,
-            path,
-            image_size=None if options.size is None else tuple(options.size),
-            preprocessing=options.preprocessing,
-            top_k=options.top_k,
-            opset=options.opset,
-        )
-    except (CrossKDError, OSError) as error:  # what the user can mend, in one sentence
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = export(
+        options.run,
+        path,
+        image_size=None if options.size is None else tuple(options.size),
+        preprocessing=options.preprocessing,
+        top_k=options.top_k,
+        opset=options.opset,
+    )
     summary = {
         "file": str(path),
         "megabytes": round(path.stat().st_size / 2**20, 1),
@@ -115,7 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "box_difference_px": report.box_difference,
     }
     print(json.dumps(summary))
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    return run_command(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import contextlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from coco_example.commands import CommandParser, run_command, say
 from coco_example.data.pictures import read_picture
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, on_cpu
@@ -154,7 +154,7 @@ def strongest(detection: Detection, threshold: float, top_k: int | None) -> Dete
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, nargs="+", help="pictures, or folders of them")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="folder of a finished run")
@@ -212,17 +212,20 @@ def run(options: argparse.Namespace) -> tuple[int, int, list[str]]:
         return file.rows, objects, failures
 
 
+def report(options: argparse.Namespace) -> list[str]:
+    """Detect, and print what was found and what is wrong with pictures, which is returned."""
+    pictures, objects, failures = run(options)
+    for failure in failures:
+        say(f"error: {failure}")
+    print(json.dumps({"pictures": pictures, "objects": objects, "in": str(options.output)}))
+    return failures
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        pictures, objects, failures = run(options)
-    except CrossKDError as error:  # what the user can mend, in one sentence
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    print(json.dumps({"pictures": pictures, "objects": objects, "in": str(options.output)}))
-    return 2 if failures else 0
+    failures: list[str] = []
+    code = run_command(lambda: failures.extend(report(options)))
+    return code or (2 if failures else 0)
 
 
 if __name__ == "__main__":

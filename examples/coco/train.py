@@ -7,11 +7,11 @@ torchrun --nproc-per-node 8 examples/coco/train.py …
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from coco_example.commands import run_command, say
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
 from coco_example.data.preflight import judge_pictures, judge_splits
@@ -19,9 +19,11 @@ from coco_example.data.reader import CocoIndex, read_coco
 from coco_example.data.scenes import write_scenes
 from coco_example.data.values import Identifier
 from coco_example.engine.distributed import Worker, join_workers
+from coco_example.engine.identity import describe_data, describe_teacher
 from coco_example.engine.metrics_log import MetricsLog
-from coco_example.engine.run_folder import check_folder, check_options, environment, load_checkpoint
-from coco_example.engine.signals import Interrupted
+from coco_example.engine.processor import slow_precision
+from coco_example.engine.run_folder import check_inputs, claimed_folder, environment, goes_on, run_id, start_folder
+from coco_example.engine.signals import Interrupted, Signals, caught_signals
 from coco_example.engine.training import Training
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import Detector, Evaluation, evaluate, table
@@ -37,7 +39,6 @@ from torch import nn
 
 from crosskd_assign import adapt, inherit
 from crosskd_assign.detectors.probing import evaluation_mode
-from crosskd_assign.errors import CrossKDError
 from crosskd_assign.structures import Target
 
 __all__ = ["run"]
@@ -46,96 +47,132 @@ PREFLIGHT_IMAGES = 64
 
 
 def run(options: Options) -> Evaluation | None:
-    """Train, evaluate, save and draw one run.
+    """Train, save, evaluate and draw one run.
 
     Returns:
         The final scores on rank 0, None on others.
 
     Raises:
         CrossKDError: Something is wrong with options, data, models or folders, or training diverged.
-        Interrupted: A signal stopped it; it is saved.
+        OSError: A file cannot be read or written.
+        Interrupted: A signal stopped it; what is trained is saved.
     """
-    folder, one_to_many = Path(options.output), options.method.arm == "one-to-many"
-    with join_workers() as worker:
-        # 1. A new folder, or a run to resume.
-        check_folder(folder, resume=options.resume)
+    folder = Path(options.output)
+    with caught_signals() as signals, join_workers() as worker:
+        signals.place = "before the first step"
+        try:
+            with claimed_folder(folder, options, worker) as begun:
+                return _run(options, folder, worker, signals, begun=begun)
+        except Interrupted as stop:
+            go_on = f"go on with: train.py … --output {folder} --resume" if goes_on(folder) else "start it again"
+            raise Interrupted(stop.number, f"{stop}; {go_on}") from None
+
+
+def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, begun: bool) -> Evaluation | None:
+    # 1. Images.
+    train, val = _load_data(options, worker)
+
+    # 2. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
+    torch.manual_seed(options.seed)
+    torch.use_deterministic_algorithms(options.deterministic)
+    model = build_detector(options.model, train.num_classes)
+
+    # 3. What it learns from, what it starts with, and how it is trained.
+    teacher, labels = _load_teacher(options, model, val, worker, check=not begun)
+    _inherit(options, model, teacher, worker)
+    method = build_method(options.method, model.to(worker.device), teacher).to(worker.device)
+    if options.training.channels_last:
+        method.to(memory_format=torch.channels_last)
+
+    # 4. The folder: only now, because a refused teacher must not leave one that looks in use.
+    def open_folder() -> str | None:
+        inputs = {
+            "train": describe_data(train),
+            "val": describe_data(val),
+            "teacher": describe_teacher(teacher, labels),
+        }
         if options.resume:
-            check_options(folder, options)
-        state = load_checkpoint(folder) if options.resume else None
+            check_inputs(folder, inputs)
+        return run_id(folder) if begun else start_folder(folder, options, inputs)
 
-        # 2. Images.
-        train, val = _load_data(options, worker)
+    identity = worker.first_does(open_folder)
 
-        # 3. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
-        torch.manual_seed(options.seed)
-        torch.use_deterministic_algorithms(options.deterministic)
-        model = build_detector(options.model, train.num_classes)
-        categories = tuple((category.id, category.name) for category in train.categories)
-        spec = ModelSpec(options.model, one_to_many, categories)
+    # 5. Train.
+    torch.manual_seed(options.seed + 1 + worker.rank)
+    training = Training(options, folder, method, model, train, worker, identity)
+    if begun:
+        training.resume()
+    categories = tuple((category.id, category.name) for category in train.categories)
+    spec = ModelSpec(options.model, options.method.arm == "one-to-many", categories)
+    shown = teacher is not None and labels == spec.label_to_category  # else its labels mean other classes
+    with _open_log(folder, training, options) as log:
+        _introduce(log, training, folder, train)
+        try:
+            training.fit(log, lambda network: _for_log(_score(network, val, options, worker)), signals)
+        finally:
+            training.release()
 
-        # 4. What it learns from, and what it starts with.
-        teacher, labels = _load_teacher(options, model, val, worker)
-        origin = teacher if options.teachers.inherit else None
-        if options.teachers.inherit_from:
-            origin, _ = load_teacher(options.teachers.inherit_from, options.model)
-        if origin is not None:
-            report = inherit(model, origin)
-            if worker.first:
-                print(f"{report}", file=sys.stderr)
+        # 6. Save, then evaluate, on all processes, and draw.
+        if worker.first:
+            save_model(folder, training.result, spec)
+        worker.share(training.result)
+        scores = _score(training.result, val, options, worker)
+        if not worker.first:
+            return None
+        log.evaluation(training.step, options.training.epochs, _for_log(scores))
+    _report(folder, training, val, spec, teacher if shown else None, scores)
+    return scores
 
-        # 5. How it is trained.
-        method = build_method(options.method, model.to(worker.device), teacher).to(worker.device)
-        if options.training.channels_last:
-            method.to(memory_format=torch.channels_last)
 
-        # 6. The folder: only now, because a refused teacher must not leave one that looks in use.
-        if worker.first and state is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", options.as_flat())
-            write_json(folder / "environment.json", environment())
+def _inherit(options: Options, model: nn.Module, teacher: nn.Module | None, worker: Worker) -> None:
+    origin = teacher if options.teachers.inherit else None
+    if options.teachers.inherit_from:
+        origin, _ = load_teacher(options.teachers.inherit_from, options.model)
+    if origin is not None:
+        report = inherit(model, origin)
+        if worker.first:
+            say(f"{report}")
 
-        # 7. Train.
-        torch.manual_seed(options.seed + 1 + worker.rank)
-        training = Training(options, folder, method, model, train, worker)
-        if state is not None:
-            training.load(state)
-        with MetricsLog(
-            folder,
-            total_steps=training.total_steps,
-            start_step=training.step,
-            batch_size=options.training.batch_size * worker.count,
-            enabled=worker.first,
-            interval=options.training.log_every,
-        ) as log:
-            if training.step == 0 and worker.first:
-                log.message(f"data: {train.report}")
-                _draw_first_batch(folder, training.data.dataset)
-            try:
-                training.fit(log, lambda network: _for_log(_score(network, val, options)))
-            finally:
-                training.release()
-            if not worker.first:
-                return None
 
-            # 8. Evaluate.
-            scores = _score(training.result, val, options)
-            log.evaluation(training.step, options.training.epochs, _for_log(scores))
+def _open_log(folder: Path, training: Training, options: Options) -> MetricsLog:
+    return MetricsLog(
+        folder,
+        total_steps=training.total_steps,
+        start_step=training.step,
+        batch_size=options.training.batch_size * training.worker.count,
+        enabled=training.worker.first,
+        interval=options.training.log_every,
+    )
 
-        # 9. Save and draw.
-        save_model(folder, training.result, spec)
-        summary = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
-        summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment()}
-        write_json(folder / "summary.json", summary)
-        shown = teacher is not None and labels == spec.label_to_category  # else its labels mean other classes
-        draw_report(
-            folder,
-            _detector(training.result, options),
-            CocoDataset(val),
-            spec.label_to_name,
-            Detector(adapt(teacher), ranking="class_quality") if teacher is not None and shown else None,
-            assigner=None if one_to_many else METRICS[options.method.metric],
-        )
-        return scores
+
+def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoIndex) -> None:
+    """Report what the run is trained on, and what would slow it down."""
+    if training.worker.first:
+        if training.step == 0:
+            log.message(f"data: {train.report}")
+            _draw_first_batch(folder, training.data.dataset)
+        slow = slow_precision(training.options.training.precision, training.worker.device)
+        if slow is not None:
+            log.message(slow)
+    training.worker.wait()
+
+
+def _report(
+    folder: Path, training: Training, val: CocoIndex, spec: ModelSpec, teacher: nn.Module | None, scores: Evaluation
+) -> None:
+    """Write the summary of a finished run and draw its pictures."""
+    options = training.options
+    summary = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
+    summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment()}
+    write_json(folder / "summary.json", summary)
+    draw_report(
+        folder,
+        _detector(training.result, options),
+        CocoDataset(val),
+        spec.label_to_name,
+        None if teacher is None else Detector(adapt(teacher), ranking="class_quality"),
+        assigner=None if spec.one_to_many else METRICS[options.method.metric],
+    )
 
 
 def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
@@ -153,7 +190,7 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
     warnings = judge_splits(train, val, size=model.size, short_side=model.short_side, top_k=model.top_k)
     if worker.first:
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            say(f"warning: {warning}")
         judge_pictures(train)
         judge_pictures(val, decode=True)
     worker.wait()
@@ -161,7 +198,7 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
 
 
 def _load_teacher(
-    options: Options, student: nn.Module, val: CocoIndex, worker: Worker
+    options: Options, student: nn.Module, val: CocoIndex, worker: Worker, *, check: bool
 ) -> tuple[nn.Module | None, dict[int, Identifier]]:
     """Load the teacher, if one is named and used, and the COCO category of each of its labels."""
     used = needs_teacher(options.method.arm) or options.teachers.inherit
@@ -169,13 +206,18 @@ def _load_teacher(
         return None, {}
     teacher, labels = load_teacher(options.teachers.teacher, options.model, val.categories)
     teacher.to(worker.device)
-    if worker.first and not options.resume:
-        _preflight(teacher, student, val, labels, options)
+    if check:
+        _preflight(teacher, student, val, labels, options, worker)
     return teacher, labels
 
 
 def _preflight(
-    teacher: nn.Module, student: nn.Module, val: CocoIndex, labels: dict[int, Identifier], options: Options
+    teacher: nn.Module,
+    student: nn.Module,
+    val: CocoIndex,
+    labels: dict[int, Identifier],
+    options: Options,
+    worker: Worker,
 ) -> None:
     """Refuse a teacher that detects nothing: wrong weights, labels or normalisation would waste the whole run."""
     own = adapt(student)
@@ -187,8 +229,10 @@ def _preflight(
             label_to_category=labels,
             limit=PREFLIGHT_IMAGES,
             batch_size=options.training.batch_size,
+            worker=worker,
         )
-    print(f"teacher on {scores.images} validation images: AP {100 * scores.nms.ap:.1f} with NMS", file=sys.stderr)
+    if worker.first:
+        say(f"teacher on {scores.images} validation images: AP {100 * scores.nms.ap:.1f} with NMS")
     if not scores.nms.ap >= options.teachers.teacher_floor:
         raise RunError(
             expected=f"a teacher with an AP of at least {options.teachers.teacher_floor}",
@@ -203,9 +247,14 @@ def _detector(network: nn.Module, options: Options) -> Detector:
     return Detector(adapt(network), "class_quality" if one_to_many else "class", options.model.top_k)
 
 
-def _score(network: nn.Module, index: CocoIndex, options: Options) -> Evaluation:
-    detector = _detector(network, options)
-    return evaluate(detector, index, batch_size=options.training.batch_size, workers=options.dataset.workers)
+def _score(network: nn.Module, index: CocoIndex, options: Options, worker: Worker) -> Evaluation:
+    return evaluate(
+        _detector(network, options),
+        index,
+        batch_size=options.training.batch_size,
+        workers=options.dataset.workers,
+        worker=worker,
+    )
 
 
 def _for_log(scores: Evaluation) -> dict[str, float]:
@@ -223,18 +272,13 @@ def _draw_first_batch(folder: Path, dataset: CocoDataset) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
-    try:
-        scores = run(options)
-    except CrossKDError as error:  # what the user can mend, in one sentence
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(str(stop), file=sys.stderr)
-        return 128 + stop.number
+    return run_command(lambda: _show(run(options)))
+
+
+def _show(scores: Evaluation | None) -> None:
     if scores is not None:
         rows = [("without NMS", scores.plain, scores.duplicates), ("with NMS", scores.nms, scores.duplicates_nms)]
-        print(table(rows), file=sys.stderr)
-    return 0
+        say(table(rows))
 
 
 if __name__ == "__main__":

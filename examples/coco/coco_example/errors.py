@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import unicodedata
+
 from crosskd_assign.errors import CrossKDError
 
 __all__ = [
     "DataError",
     "DeadLossError",
+    "FileError",
     "MissingPackageError",
     "ModelError",
     "NonFiniteLossError",
     "RunError",
     "first_line",
+    "printable",
 ]
 
 
 class DataError(CrossKDError):
     """Data that cannot be used: a data set on disk, detections to score, images to draw, a log to read."""
+
+
+class FileError(CrossKDError):
+    """The operating system refused to read or write a file."""
+
+    @classmethod
+    def of(cls, error: OSError) -> FileError:
+        """Describe an error of the operating system, and what can be done about it."""
+        reason = error.strerror or first_line(error)
+        where = " and ".join(os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes)))
+        fix = _FIXES.get(error.errno or 0, "check the path, and the disk it is on")
+        return cls(expected="files that can be read and written", got=reason, where=where or "a file or pipe", fix=fix)
+
+
+_FULL = "free some space, and go on"
+_FILE = "remove or rename the file that is where a folder should be"
+_CLOSED = "choose a place that you may read and write"
+_FIXES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "raise the limit of a file's size, and go on",
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+    errno.EROFS: _CLOSED,
+    errno.ENOENT: "check the path, and that nobody removed it meanwhile",
+    errno.ENOTDIR: _FILE,
+    errno.EEXIST: _FILE,
+    errno.EISDIR: "remove or rename the folder that is where a file should be",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EPIPE: "keep reading what is printed",
+}
 
 
 class MissingPackageError(CrossKDError, ModuleNotFoundError):
@@ -39,6 +76,23 @@ class DeadLossError(CrossKDError):
     """A loss term that has been exactly 0 for many steps: something is not connected."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of another package's error message, which may have dozens."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def printable(text: str) -> str:
+    r"""Escape what a terminal would obey instead of show: control characters, and those that turn text around.
+
+    Names of files and classes come from anywhere. Lines stay lines.
+
+    Example:
+        >>> printable("red \x1b[31m name")
+        'red \\x1b[31m name'
+    """
+    return "".join(c if c == "\n" or not _obeyed(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _obeyed(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return kind[0] == "C" or kind in ("Zl", "Zp")

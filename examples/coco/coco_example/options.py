@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from typing_extensions import Self
 
+from coco_example.commands import CommandParser
 from coco_example.data.augmentation import Level
 from crosskd_assign.distillation import Alignment, Decay
 
@@ -183,7 +184,7 @@ _GROUPS: dict[str, Any] = {
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """Read options from the command line."""
     # 1. An argument for every option, in the groups of `Options`.
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Train a detector on a COCO folder, one arm a run. With torchrun it runs on several processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,

@@ -12,9 +12,9 @@ import demo
 import pytest
 import train
 from coco_example.data.scenes import write_scenes
-from coco_example.engine.signals import Interrupted
-from coco_example.engine.training import Training
 from coco_example.options import Options
+
+from tests.makers.training_runs import stop_in, train_lines
 
 PICTURES = {
     "teacher": {"batch0.png", "curves.png", "predictions.png"},
@@ -68,13 +68,16 @@ def test_the_demo_does_not_write_over_an_earlier_one(tiny_demo, tmp_path, capsys
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_stopped_demo_says_how_to_begin_again(tiny_demo, tmp_path, monkeypatch, capsys):
-    def stop(*_: Any) -> None:
-        raise Interrupted(15, "stopped at step 1")
-
-    monkeypatch.setattr(Training, "fit", stop)
-    assert demo.main(tiny_demo) == 143
-    assert f"remove {tmp_path / 'runs'}" in capsys.readouterr().err
+def test_a_stopped_demo_goes_on_with_the_same_command(tiny_demo, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_in(patch, 1)  # of the teacher's training
+        assert demo.main(tiny_demo) == 143
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+    for _ in range(2):  # from where it was, and from its end
+        assert demo.main(tiny_demo) == 0
+    steps = [line["step"] for line in train_lines(tmp_path / "runs" / "teacher")]
+    assert steps == [1, 2]
+    assert len(json.loads((tmp_path / "runs" / "table.json").read_text())) == len(ROWS)
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
 from coco_example.data.reader import read_coco
 from coco_example.data.scenes import write_scenes
+from coco_example.engine.checkpoints import load_checkpoint
 from coco_example.engine.metrics_log import read_metrics
-from coco_example.engine.run_folder import environment, load_checkpoint
+from coco_example.engine.run_folder import environment
 from coco_example.evaluation.evaluation import Detector, Ranking, evaluate
 from coco_example.figures.report import assignment_views
 from coco_example.files import write_json
@@ -36,8 +37,8 @@ from crosskd_assign import CrossHeadDistiller, CrossHeadLoss, EndToEndDetector, 
 from crosskd_assign.structures import Target
 
 FILES = {
-    *("config.json", "environment.json", "metrics.jsonl", "last.pt", "model.safetensors", "model.json"),
-    *("summary.json", "curves.png", "predictions.png", "batch0.png"),
+    *("run.lock", "run.json", "config.json", "environment.json", "metrics.jsonl", "last.pt"),
+    *("model.safetensors", "model.json", "summary.json", "curves.png", "predictions.png", "batch0.png"),
 }
 WEIGHTS = "model.safetensors"
 DETECTOR = {"one-to-many": "", "one-to-one": "adapter.model."}  # where it is in the method's state

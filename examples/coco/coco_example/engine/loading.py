@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from coco_example.data.augmentation import augmentation
-from coco_example.data.dataset import CocoDataset, Target, collate
+from coco_example.data.dataset import CocoDataset, Target
 from coco_example.data.reader import CocoIndex
 from coco_example.data.sampler import ResumableSampler
 from coco_example.engine.distributed import Worker
-from coco_example.engine.signals import leave_signals_alone
+from coco_example.engine.loaders import loaded
 from coco_example.options import Options
 
 __all__ = ["TrainingData"]
@@ -54,18 +54,19 @@ class TrainingData:
             start_batch=step,
         )
 
-    def batches(self, step: int) -> Iterator[tuple[list[Tensor], list[Target]]]:
-        """Load endless batches from a step on, onto the process's device."""
+    @contextmanager
+    def batches(self, step: int) -> Iterator[Iterator[tuple[list[Tensor], list[Target]]]]:
+        """Load endless batches from a step on, onto the process's device, until the block ends."""
         device = self._worker.device
-        loader = DataLoader(
+        with loaded(
             self.dataset,
-            batch_sampler=self._sampler(step),
-            num_workers=self._options.dataset.workers,
-            collate_fn=collate,
-            worker_init_fn=leave_signals_alone,
+            self._sampler(step),
+            workers=self._options.dataset.workers,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # a loader without its own would draw from the generator that is resumed
-        )
-        for images, targets in loader:
-            moved = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
-            yield [image.to(device, non_blocking=True) for image in images], moved
+        ) as batches:
+            yield (_moved(images, targets, device) for images, targets in batches)
+
+
+def _moved(images: list[Tensor], targets: list[Target], device: torch.device) -> tuple[list[Tensor], list[Target]]:
+    moved = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
+    return [image.to(device, non_blocking=True) for image in images], moved

@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 from typing_extensions import Self
 
-from coco_example.errors import DataError
+from coco_example.errors import DataError, printable
+from coco_example.files import write_whole
 from crosskd_assign.errors import OptionError
 
 if sys.platform != "win32":
@@ -83,13 +84,15 @@ class MetricsLog:
         self._first_step = start_step + 1
         self._last_step = start_step
         self._images = 0  # since the last line
+        self._evaluated: set[int] = set()
         self._bar: Any = None
         if not enabled:
             return
         # 2. Continue the log of an earlier part of the run.
         folder.mkdir(parents=True, exist_ok=True)
         earlier_lines = _drop_after(self.path, start_step)
-        earlier = max((line.get("seconds") or 0.0 for line in earlier_lines), default=0.0)
+        earlier = max((line["seconds"] for line in earlier_lines), default=0.0)
+        self._evaluated = {line["step"] for line in earlier_lines if line["kind"] == "eval"}
         self._window = time.perf_counter()
         self._start = self._window - earlier
         # 3. Show a bar where somebody watches.
@@ -172,8 +175,14 @@ class MetricsLog:
                 f"loss {sum(losses.values()):.3f} · {rate:.0f} img/s · {memory / 1024:.1f}G · {terms}"
             )
 
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether an evaluation after a step is in the log already."""
+        return step in self._evaluated
+
     def evaluation(self, step: int, epoch: float, scores: Mapping[str, float]) -> None:
-        """Report an evaluation. Images per second do not include its duration.
+        """Report an evaluation, unless one of that step is in the log: a resumed run may repeat its last.
+
+        Images per second do not include its duration.
 
         Args:
             step: Number of steps done.
@@ -182,7 +191,9 @@ class MetricsLog:
         """
         if not self.enabled:
             return
-        self._write("eval", step, epoch=epoch, scores=scores)
+        if not self.has_evaluation(step):
+            self._write("eval", step, epoch=epoch, scores=scores)
+            self._evaluated.add(step)
         self._restart_window()
         if self._bar is not None:
             numbers = " · ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -194,7 +205,7 @@ class MetricsLog:
             return
         self._write("event", self._last_step, message=text)
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(printable(text), file=sys.stderr)
 
     def _restart_window(self) -> None:
         """Restart counting images per second."""
@@ -205,8 +216,12 @@ class MetricsLog:
         self._last_step = step
         seconds = round(time.perf_counter() - self._start, 3)
         line = json.dumps(_plain({"kind": kind, "step": step, **fields, "seconds": seconds}), allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            error.filename = str(self.path)  # the system's own error of a full disk does not name it
+            raise
         if self._bar is None:
             print(line, flush=True)
 
@@ -227,23 +242,41 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / _FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = None
-        if isinstance(value, dict):
+        if _is_line(value):
             metrics.append(value)
-        elif number < len(lines):
+        elif isinstance(value, dict) or number < len(lines):
             raise DataError(
-                expected="a JSON object on every line",
+                expected="a JSON object with the kind, step and seconds of a log on every line",
                 got=f"{line[:40]!r}",
                 where=f"line {number} of {path}",
                 fix="remove that line, or use another folder",
             )
     return metrics
+
+
+def _is_line(value: Any) -> bool:
+    """Return whether a value is a line of a log, with what its readers rely on."""
+    if not isinstance(value, dict):
+        return False
+    numbers = value.get("losses" if value.get("kind") == "train" else "scores", {})
+    return (
+        value.get("kind") in ("train", "eval", "event")
+        and type(value.get("step")) is int
+        and _is_number(value.setdefault("seconds", 0.0))
+        and isinstance(numbers, dict)
+        and all(number is None or _is_number(number) for number in numbers.values())
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _drop_after(path: Path, start_step: int) -> list[dict[str, Any]]:
@@ -256,12 +289,10 @@ def _drop_after(path: Path, start_step: int) -> list[dict[str, Any]]:
     Returns:
         The lines that stay.
     """
-    earlier = [line for line in read_metrics(path.parent) if line.get("step", 0) <= start_step]
+    earlier = [line for line in read_metrics(path.parent) if line["step"] <= start_step]
     text = "".join(json.dumps(line) + "\n" for line in earlier)
     if path.exists() and path.read_bytes() != text.encode():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text.encode())
     return earlier
 
 

@@ -1,16 +1,17 @@
 """The folder of a training run: what is in it, how a crash loses nothing, how it is read back.
 
-``config.json`` how the run was started · ``environment.json`` with what · ``metrics.jsonl`` its log · ``last.pt`` and
-``previous.pt`` everything needed to go on · ``model.safetensors`` and ``model.json`` the finished detector ·
-``summary.json`` its scores · ``*.png`` pictures.
+``config.json`` how the run was started · ``run.json`` its id and what it learns from · ``environment.json`` with what ·
+``metrics.jsonl`` its log · ``last.pt`` and ``previous.pt`` everything needed to go on · ``model.safetensors`` and
+``model.json`` the finished detector · ``summary.json`` its scores · ``*.png`` pictures · ``run.lock`` keeps others out.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,38 @@ import torch
 import torchvision
 
 import crosskd_assign
-from coco_example.errors import RunError, first_line
-from coco_example.files import read_json
+from coco_example.engine.checkpoints import CHECKPOINTS
+from coco_example.engine.distributed import Worker
+from coco_example.engine.identity import differences
+from coco_example.engine.run_lock import LOCK, locked_folder
+from coco_example.errors import RunError
+from coco_example.files import read_json, write_json
 from coco_example.options import Options
 
-__all__ = ["check_folder", "check_options", "environment", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "check_folder",
+    "check_inputs",
+    "check_options",
+    "claimed_folder",
+    "environment",
+    "goes_on",
+    "run_id",
+    "start_folder",
+]
+
+# What a run that was killed before its first checkpoint may leave: nothing that anybody would miss.
+_FIRST = {LOCK, "config.json", "run.json", "environment.json", "metrics.jsonl", "batch0.png"}
+_FIRST |= {f"{name}.tmp" for name in (*_FIRST, "last.pt")} | {".batch0.png.tmp"}
+
+
+def goes_on(folder: Path) -> bool:
+    """Return whether a folder holds a run that ``--resume`` would go on with, from its first step at least."""
+    names = _names(folder)
+    return bool(names & set(CHECKPOINTS)) or ("config.json" in names and names <= _FIRST)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
@@ -31,12 +59,13 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     Raises:
         RunError: It holds a run already and none is to be resumed, or the other way round.
     """
-    checkpoint = folder / "last.pt"
-    if resume and not checkpoint.exists() and not (folder / "previous.pt").exists():
+    if resume and not goes_on(folder):
         raise RunError(
             expected="a run to resume", got="none", where=f"{folder}", fix="leave out --resume, or name its folder"
         )
-    if not resume and folder.exists() and any(folder.iterdir()):
+    names = _names(folder)
+    claimed = LOCK in names and names <= _FIRST
+    if not resume and names and not claimed:
         raise RunError(
             expected="a new or empty folder",
             got="one in use",
@@ -45,64 +74,78 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         )
 
 
+@contextmanager
+def claimed_folder(folder: Path, options: Options, worker: Worker) -> Iterator[bool]:
+    """Hold the folder of a run that starts, or goes on, for this run alone.
+
+    Yields:
+        Whether there is a checkpoint to go on from. Without one, a run that is resumed begins.
+
+    Raises:
+        RunError: Another run works in it or holds it, or there is none to resume, or one of other options.
+    """
+    with ExitStack() as held:
+
+        def claim() -> bool:
+            check_folder(folder, resume=options.resume)  # once without a trace, and once when nobody else can change it
+            if options.resume:
+                check_options(folder, options)
+            held.enter_context(locked_folder(folder))
+            check_folder(folder, resume=options.resume)
+            return options.resume and any((folder / name).exists() for name in CHECKPOINTS)
+
+        yield worker.first_does(claim)
+
+
+def start_folder(folder: Path, options: Options, inputs: dict[str, Any]) -> str:
+    """Write what a run starts with, in place of what one that never got a checkpoint left; return the run's id."""
+    for name in _FIRST - {LOCK}:
+        (folder / name).unlink(missing_ok=True)
+    identity = uuid.uuid4().hex
+    write_json(folder / "environment.json", environment())
+    write_json(folder / "run.json", {"id": identity, **inputs})
+    write_json(folder / "config.json", options.as_flat())  # last: with it, the run can be resumed
+    return identity
+
+
 def check_options(folder: Path, options: Options) -> None:
     """See that a resumed run has the options it was started with.
 
     Raises:
         RunError: It has others, which are named with both values.
     """
-    differences = options.differences(read_json(folder / "config.json"))
-    if differences:
-        raise RunError(
-            expected="the options the run was started with",
-            got=f"others: {'; '.join(differences)}",
-            where=f"{folder}",
-            fix="repeat them, or start a new run",
-        )
+    path = folder / "config.json"
+    then = read_json(path)
+    if "arm" not in then:  # an empty list of differences would only mean that all have their defaults
+        raise RunError(expected="the options of a run", got="something else", where=f"{path}", fix="restore that file")
+    _refuse(folder, "options", options.differences(then), "repeat them")
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write ``last.pt``, keeping the one before as ``previous.pt``; at every moment one of them is whole."""
-    # 1. Write beside it.
-    temporary = folder / "last.pt.tmp"
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-    # 2. Exchange.
-    last = folder / "last.pt"
-    if last.exists():
-        last.replace(folder / "previous.pt")
-    temporary.replace(last)
-
-
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read the newest readable checkpoint of a run; only tensors and plain types are accepted.
-
-    An unreadable ``last.pt`` becomes ``damaged.pt``, or the next one saved would make it replace the good one.
+def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """See that a resumed run has the data and the teacher it was started with, where these were noted.
 
     Raises:
-        RunError: There is none.
+        RunError: It has others, and what differs is named.
     """
-    reasons = []
-    last, previous = folder / "last.pt", folder / "previous.pt"
-    for path in (last, previous):
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: PERF203  # torch.load raises a dozen types for a damaged file
-            reasons.append(f"{path.name}: {first_line(error)}")
-        else:
-            if path == previous:
-                with suppress(FileNotFoundError):  # never written, or another process was faster
-                    last.replace(folder / "damaged.pt")
-            return state
-    raise RunError(
-        expected="a readable checkpoint",
-        got=f"none: {'; '.join(reasons)}",
-        where=f"{folder}",
-        fix="start a new run",
-    )
+    path = folder / "run.json"
+    if path.exists():  # earlier versions did not write one
+        _refuse(folder, "data and teacher", differences(read_json(path), inputs), "name those")
+
+
+def run_id(folder: Path) -> str | None:
+    """Read the id of a run, which its checkpoints have, too; None where an earlier version started it."""
+    path = folder / "run.json"
+    return str(read_json(path).get("id")) if path.exists() else None
+
+
+def _refuse(folder: Path, what: str, differences: list[str], fix: str) -> None:
+    if differences:
+        raise RunError(
+            expected=f"the {what} the run was started with",
+            got=f"others: {'; '.join(differences)}",
+            where=f"{folder}",
+            fix=f"{fix}, or start a new run",
+        )
 
 
 def environment() -> dict[str, str | int]:

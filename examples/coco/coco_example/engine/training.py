@@ -16,14 +16,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from coco_example.data.dataset import Target
 from coco_example.data.reader import CocoIndex
+from coco_example.engine.checkpoints import load_checkpoint, misfit, save_checkpoint
 from coco_example.engine.distributed import Worker
 from coco_example.engine.loading import TrainingData
 from coco_example.engine.loss_checks import DIVERGED, LossChecks
 from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.optimization import build_optimizer, ramped_average, relative_rate
-from coco_example.engine.run_folder import save_checkpoint
-from coco_example.engine.signals import Interrupted, caught_signals
-from coco_example.errors import NonFiniteLossError, RunError, first_line
+from coco_example.engine.signals import Signals
+from coco_example.errors import NonFiniteLossError, RunError
 from coco_example.options import Options
 from crosskd_assign import Distiller, fade
 
@@ -40,12 +40,21 @@ class Training:
         model: The detector in it that is evaluated and saved.
         index: Images to train on.
         worker: This process.
+        run: Id of the run, which its checkpoints have; None of a run of an earlier version.
     """
 
     def __init__(
-        self, options: Options, folder: Path, method: nn.Module, model: nn.Module, index: CocoIndex, worker: Worker
+        self,
+        options: Options,
+        folder: Path,
+        method: nn.Module,
+        model: nn.Module,
+        index: CocoIndex,
+        worker: Worker,
+        run: str | None = None,
     ) -> None:
         self.options, self.folder, self.method, self.model, self.worker = options, folder, method, model, worker
+        self.run = run
 
         # 1. Images.
         loop = options.training
@@ -72,44 +81,60 @@ class Training:
         """The network to evaluate and save: the average of its weights if there is one."""
         return self.model if self.average is None else self.average.module
 
-    def fit(self, log: MetricsLog, score: Callable[[nn.Module], Mapping[str, float]]) -> None:
+    def fit(self, log: MetricsLog, score: Callable[[nn.Module], Mapping[str, float]], signals: Signals) -> None:
         """Train to the last step, saving, logging and scoring the detector on the way.
+
+        A signal stops training at the end of a step, which is saved, and an evaluation at once.
 
         Raises:
             NonFiniteLossError: Training diverged.
             DeadLossError: A loss term stays exactly 0.
             Interrupted: A signal stopped it; it is saved.
         """
-        options = self.options.training
+        # 1. An evaluation that was due when an earlier part of the run ended.
+        signals.place = f"at step {self.step}"
+        self._evaluate(log, score)
+        if self.step >= self.total_steps:
+            return
+
+        # 2. Steps.
         self.method.train()
-        with caught_signals() as signals:
-            begun = time.perf_counter() - self.seconds
-            for images, targets in self.data.batches(self.step) if self.step < self.total_steps else ():
-                # 1. One step.
+        begun = time.perf_counter() - self.seconds
+        with signals.held(), self.data.batches(self.step) as batches:
+            for images, targets in batches:
                 losses = self._losses(images, targets)
                 self._update(losses)
                 self.step += 1
                 self.seconds = time.perf_counter() - begun
-
-                # 2. Log it and save it.
-                stop = self.worker.largest(signals.number)
-                epoch_ends = self.step % self.data.steps_per_epoch == 0
-                save = epoch_ends or stop or (options.save_every and self.step % options.save_every == 0)
-                self._log(log, losses, targets, check=bool(save))
-                if save:
-                    self.save()
-
-                # 3. Was it the last?
-                if stop:
-                    resume = f"train.py … --output {self.options.output} --resume"
-                    raise Interrupted(stop, f"stopped at step {self.step}; go on with: {resume}")
-                if self.step >= self.total_steps:
+                signals.place = f"at step {self.step}"
+                stop = self._log_and_save(log, losses, targets, signals)
+                if stop or self.step >= self.total_steps:
                     return
+                with signals.released():
+                    self._evaluate(log, score)
 
-                # 4. Score the detector.
-                due = options.eval_every and self.step % (options.eval_every * self.data.steps_per_epoch) == 0
-                if due and self.worker.first:
-                    log.evaluation(self.step, self.step / self.data.steps_per_epoch, score(self.result))
+    def _log_and_save(
+        self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target], signals: Signals
+    ) -> bool:
+        """Finish a step; return whether a signal came to any process, so that all stop at the same step."""
+        every = self.options.training.save_every
+        signals.number = self.worker.largest(signals.number)
+        epoch_ends = self.step % self.data.steps_per_epoch == 0
+        save = epoch_ends or signals.number > 0 or (every > 0 and self.step % every == 0)
+        self._log(log, losses, targets, check=save)
+        if save:
+            self.save()
+        return signals.number > 0
+
+    def _evaluate(self, log: MetricsLog, score: Callable[[nn.Module], Mapping[str, float]]) -> None:
+        """Score the detector if that is due, once; the last evaluation comes after training."""
+        every = self.options.training.eval_every * self.data.steps_per_epoch
+        if every == 0 or self.step % every or not 0 < self.step < self.total_steps:
+            return
+        if self.worker.first_does(lambda: log.has_evaluation(self.step)):
+            return
+        self.worker.share(self.result)
+        log.evaluation(self.step, self.step / self.data.steps_per_epoch, score(self.result))
 
     def _losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
         if isinstance(self.method, Distiller):
@@ -174,18 +199,24 @@ class Training:
                 expected="finite weights", got="NaN or infinity", where=f"step {self.step}", fix=DIVERGED
             )
         random = self.worker.gather(_random_state(self.worker.device))
-        if not self.worker.first:
-            return
-        states = {name: part.state_dict() for name, part in self._parts().items()}
-        save_checkpoint(self.folder, {**states, "step": self.step, "seconds": self.seconds, "random": random})
+        if self.worker.first:
+            state = {name: part.state_dict() for name, part in self._parts().items()}
+            state |= {"step": self.step, "seconds": self.seconds, "random": random}
+            save_checkpoint(self.folder, state if self.run is None else {**state, "run": self.run})
+        self.worker.wait()
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint.
+    def resume(self) -> None:
+        """Continue from the newest checkpoint in the folder that is whole and belongs to this run.
 
         Raises:
-            RunError: It belongs to another model, or to a run on more or fewer processes.
+            RunError: There is none, or it is of more or fewer processes.
         """
-        # 1. The same number of processes.
+        # 1. The first process sets aside what is damaged, so that all take the same.
+        chosen: dict[str, Any] = {}
+        self.worker.first_does(lambda: chosen.update(load_checkpoint(self.folder, self._wrong)))
+        state = chosen or load_checkpoint(self.folder)
+
+        # 2. The same number of processes.
         if len(state["random"]) != self.worker.count:
             raise RunError(
                 expected=f"{len(state['random'])} processes, as the run was started with",
@@ -194,21 +225,18 @@ class Training:
                 fix="resume with as many, because its steps and schedule depend on them",
             )
 
-        # 2. The same parts.
-        try:
-            for name, part in self._parts().items():
-                part.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise RunError(
-                expected="the checkpoint of this model",
-                got=f"another: {first_line(error)}",
-                where=f"{self.folder}",
-                fix="resume with the options the run was started with",
-            ) from error
-
-        # 3. The same random numbers.
+        # 3. Parts and random numbers.
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
         _set_random_state(state["random"][self.worker.rank], self.worker.device)
+
+    def _wrong(self, state: dict[str, Any]) -> str | None:
+        """Describe why a state is no checkpoint of this run; None if it is one."""
+        if self.run is not None and state.get("run", self.run) != self.run:
+            return "it is another run's"
+        own: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+        return misfit(own, state, total_steps=self.total_steps, random=_random_state(self.worker.device))
 
     def _parts(self) -> dict[str, Any]:
         """Name the parts whose state is in a checkpoint."""

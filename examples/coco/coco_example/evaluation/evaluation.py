@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
-from coco_example.data.dataset import CocoDataset, collate
+from coco_example.data.dataset import CocoDataset
 from coco_example.data.reader import CocoIndex
 from coco_example.data.values import Identifier, key_of
-from coco_example.engine.signals import leave_signals_alone
+from coco_example.engine.distributed import ALONE, Worker
+from coco_example.engine.loaders import loaded
 from coco_example.evaluation.coco_metrics import CocoScores, coco_evaluate, coco_results
 from crosskd_assign import DensePredictions, DetectorAdapter
 from crosskd_assign.detectors.probing import evaluation_mode
@@ -128,30 +129,33 @@ def detect(
     workers: int = 0,
     precision: torch.dtype = torch.float32,
     nms_threshold: float = NMS_THRESHOLD,
+    worker: Worker = ALONE,
 ) -> Found:
     """Detect objects in the first ``limit`` images, without and with NMS; options are those of `evaluate`."""
-    # 1. Images in the order of the index.
-    subset = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
-    loader = DataLoader(
-        subset,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=leave_signals_alone,
-        generator=torch.Generator(),  # without its own it would draw from the generator that training resumes
-    )
+    # 1. Whole batches in the order of the index, dealt to the processes in turn: a batch has a size of its own.
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    dealt = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
 
     # 2. Predict once, select twice.
     device = detector.device
-    found = Found([], [], [])
-    with evaluation_mode(detector.adapter):
-        for images, batch_targets in loader:
+    done: list[list[tuple[Detection, Detection, Target]]] = []
+    with (
+        evaluation_mode(detector.adapter),
+        loaded(dataset, dealt[worker.rank :: worker.count], workers=workers) as batches,
+    ):
+        for images, targets in batches:
             with torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext():
                 predictions, batch = detector.predict([image.to(device) for image in images])
-            for kept, threshold in ((found.plain, None), (found.suppressed, nms_threshold)):
-                kept.extend(map(on_cpu, detector.select(predictions, batch, nms_threshold=threshold)))
-            found.targets.extend(batch_targets)
-    return found
+            plain, suppressed = (
+                map(on_cpu, detector.select(predictions, batch, nms_threshold=threshold))
+                for threshold in (None, nms_threshold)
+            )
+            done.append(list(zip(plain, suppressed, targets, strict=True)))
+
+    # 3. All of them, in the order of the index.
+    shares = worker.gather(done)
+    rows = [row for n in range(len(dealt)) for row in shares[n % worker.count][n // worker.count]]
+    return Found([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
 
 
 def evaluate(
@@ -164,8 +168,11 @@ def evaluate(
     workers: int = 0,
     precision: torch.dtype = torch.float32,
     nms_threshold: float = NMS_THRESHOLD,
+    worker: Worker = ALONE,
 ) -> Evaluation:
     """Score a detector on an index. Its modes and the random state stay as they are.
+
+    Several processes detect in a share of the images each; the first one scores, and all get the scores.
 
     Args:
         detector: The detector.
@@ -176,6 +183,7 @@ def evaluate(
         workers: Loader processes.
         precision: Autocast dtype.
         nms_threshold: IoU above which NMS drops the weaker box of a class.
+        worker: This process, where several evaluate the same detector.
     """
     found = detect(
         detector,
@@ -185,8 +193,9 @@ def evaluate(
         workers=workers,
         precision=precision,
         nms_threshold=nms_threshold,
+        worker=worker,
     )
-    return score(found, index, label_to_category=label_to_category, top_k=detector.top_k)
+    return worker.first_does(partial(score, found, index, label_to_category=label_to_category, top_k=detector.top_k))
 
 
 def score(

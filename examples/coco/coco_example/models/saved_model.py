@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import nn
 from typing_extensions import Self
 
 from coco_example.data.values import Identifier
-from coco_example.errors import RunError
-from coco_example.files import read_json, write_json, write_whole
+from coco_example.errors import RunError, first_line
+from coco_example.files import digest, read_json, write_json, write_whole
 from coco_example.models.detectors import build_detector
 from coco_example.models.weights import load_weights
 from coco_example.options import ModelOptions
@@ -40,11 +40,26 @@ class ModelSpec:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Self:
-        """Read the content of a ``model.json``."""
-        names = {option.name for option in fields(ModelOptions)}
-        model = ModelOptions(**{name: value for name, value in values.items() if name in names})
-        categories = tuple((category, str(name)) for category, name in values["categories"])
-        return cls(model, bool(values["one_to_many"]), categories)
+        """Read the content of a ``model.json``.
+
+        Raises:
+            TypeError: A value is of another type, or missing.
+        """
+        # 1. The detector's options, which have defaults.
+        defaults = asdict(ModelOptions())
+        given = {name: value for name, value in values.items() if name in defaults}
+        wrong = [name for name, value in given.items() if type(value) is not type(defaults[name])]
+
+        # 2. Labels.
+        categories, one_to_many = values.get("categories"), values.get("one_to_many")
+        if type(one_to_many) is not bool:
+            wrong.append("one_to_many")
+        if not (isinstance(categories, (list, tuple)) and all(map(_is_category, categories))):
+            wrong.append("categories")
+        if wrong:
+            raise TypeError(", ".join(f"{name} {values.get(name)!r:.40}" for name in wrong))
+        pairs = tuple((category, name) for category, name in values["categories"])
+        return cls(ModelOptions(**given), values["one_to_many"], pairs)
 
     def as_flat(self) -> dict[str, Any]:
         """List everything by name, without groups, as ``model.json`` has it."""
@@ -67,10 +82,15 @@ class ModelSpec:
         return {label: name for label, (_, name) in enumerate(self.categories, start=1)}
 
 
+def _is_category(value: Any) -> bool:
+    kinds = [type(part) for part in value] if isinstance(value, (list, tuple)) else []
+    return kinds in ([int, str], [str, str])  # an `Identifier` and a name
+
+
 def save_model(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Write the finished detector: weights alone, and what they belong to."""
+    """Write the finished detector: weights alone, with their digest, and what they belong to."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    write_whole(folder / "model.safetensors", save(state))
+    write_whole(folder / "model.safetensors", save(state, metadata={"digest": digest(dict(sorted(state.items())))}))
     write_json(folder / "model.json", spec.as_flat())
 
 
@@ -78,14 +98,24 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
     """Build the finished detector of a run, in evaluation mode.
 
     Raises:
-        RunError: The folder holds no finished run.
+        RunError: The folder holds no finished run, or something else under the names of its files.
         ModelError: Its weights do not fit.
     """
-    if not (folder / "model.json").exists():
+    path = folder / "model.json"
+    if not path.exists():
         raise RunError(
             expected="a finished run", got="no model.json", where=f"{folder}", fix="train it to the end first"
         )
-    spec = ModelSpec.from_flat(read_json(folder / "model.json"))
-    model = build_detector(spec.model, spec.num_classes)
+    values = read_json(path)
+    try:
+        spec = ModelSpec.from_flat(values)
+        model = build_detector(spec.model, spec.num_classes)
+    except (TypeError, ValueError, RuntimeError) as error:  # what torch raises of numbers that cannot be
+        raise RunError(
+            expected="the description of a detector",
+            got=f"another: {first_line(error)}",
+            where=f"{path}",
+            fix="restore that file, or train again",
+        ) from error
     load_weights(model, folder / "model.safetensors")
     return model.eval(), spec

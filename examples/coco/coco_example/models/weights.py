@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coco_example.errors import ModelError, first_line
+from coco_example.files import digest
 
 __all__ = ["load_weights", "read_state_dict"]
 
@@ -50,7 +52,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ModelError(expected="a weights file", got="none", where=f"{path}", fix="check the path")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _read_safetensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen types for a damaged or unsafe file
         raise ModelError(
@@ -66,4 +68,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             where=f"{path}",
             fix="save model.state_dict() alone",
         )
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        written = (file.metadata() or {}).get("digest")  # `save_model` writes it
+    state: dict[str, Tensor] = load_file(path)
+    if written is not None and written != digest(dict(sorted(state.items()))):
+        raise ValueError("its content has changed since it was written")
     return state

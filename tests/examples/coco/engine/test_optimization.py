@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from coco_example.engine.checkpoints import load_checkpoint
 from coco_example.engine.metrics_log import read_metrics
-from coco_example.engine.run_folder import load_checkpoint
 from coco_example.engine.training import Training
 from safetensors.torch import load_file
 from torch import Tensor

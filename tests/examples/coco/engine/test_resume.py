@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 import train
-from coco_example.engine.run_folder import check_folder, load_checkpoint, save_checkpoint
+from coco_example.engine.checkpoints import load_checkpoint, save_checkpoint
+from coco_example.engine.run_folder import check_folder
+from coco_example.engine.run_lock import LOCK
 from coco_example.errors import RunError
 from coco_example.models.detectors import build_detector
 from coco_example.models.saved_model import load_model, save_model
@@ -35,7 +37,8 @@ LONG = {"epochs": 2, "batch_size": 1, "arm": "one-to-many", "schedule": "step", 
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +227,7 @@ def test_without_a_readable_checkpoint_both_reasons_are_given(workshop, stopped,
     for name in ("last.pt", "previous.pt"):
         (run / name).write_bytes((run / name).read_bytes()[:1000])
     before = contents(run)
-    with pytest.raises(RunError, match=r"a readable checkpoint, but got none: last\.pt: .*previous\.pt: "):
+    with pytest.raises(RunError, match=r"a readable checkpoint of this run, but got none: last\.pt: .*previous\.pt: "):
         load_checkpoint(run)
     assert workshop.train(run, **stopped[1], resume=True) == 2
     assert capsys.readouterr().err.startswith("error: Expected a readable checkpoint")
@@ -303,13 +306,18 @@ def test_a_teacher_that_is_none_is_refused_and_leaves_no_folder(workshop, whole,
         assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_model_is_refused(workshop, stopped, teacher, run, capsys):
-    shutil.copy(teacher / "last.pt", run / "last.pt")
+@pytest.mark.parametrize("replaced", [("last.pt",), ("last.pt", "previous.pt")])
+def test_a_checkpoint_of_another_run_is_passed_over(workshop, stopped, whole, teacher, run, capsys, replaced):
+    for name in replaced:
+        shutil.copy(teacher / "last.pt", run / name)
     log = (run / "metrics.jsonl").read_bytes()
+    if len(replaced) == 1:
+        assert workshop.train(run, **stopped[1], resume=True) == 0
+        assert_same_run(run, whole)
+        return
     assert workshop.train(run, **stopped[1], resume=True) == 2
-    errors = capsys.readouterr().err
-    assert "Expected the checkpoint of this model, but got another: " in errors
-    assert f"({run}). Fix: " in errors
+    reason = f"last.pt: it is another run's; previous.pt: it is another run's ({run})"
+    assert f"error: Expected a readable checkpoint of this run, but got none: {reason}" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_bytes() == log
 
 

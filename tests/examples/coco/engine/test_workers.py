@@ -9,18 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import pytest
 import torch
+from coco_example.engine.checkpoints import load_checkpoint
 from coco_example.engine.metrics_log import read_metrics
-from coco_example.engine.run_folder import load_checkpoint
 from safetensors.torch import load_file
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_train_write_once_stop_together_and_resume(workshop, script, teacher, tmp_path):
+def test_two_processes_train_write_once_evaluate_in_shares_stop_together_and_resume(
+    workshop, script, scenes_folder, teacher, tmp_path
+):
     def start(folder: Path, *more: str) -> Any:
         options = {"arm": "cross-head", "teacher": teacher, "epochs": 2, "batch_size": 2, "save_every": 5, "ema": 0.9}
+        options |= {"eval_every": 1}
         module = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         return script("train.py", *workshop.arguments(folder, **options), *more, module=module)
 
@@ -31,6 +35,12 @@ def test_two_processes_train_write_once_stop_together_and_resume(workshop, scrip
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert errors.count("without NMS") == 1
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["budget"]["images"] == 2 * 24
+
+    scores = [line["scores"] for line in read_metrics(tmp_path / "whole") if line["kind"] == "eval"]
+    arguments = ["--run", tmp_path / "whole", "--data-path", scenes_folder, "--batch-size", 2]
+    assert evaluate.main([*map(str, arguments), "--output", str(tmp_path / "scores.json")]) == 0
+    alone = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["scores"] == alone
 
     stopped = start(tmp_path / "run")
     while len(read_metrics(tmp_path / "run")) < 4:
@@ -45,5 +55,6 @@ def test_two_processes_train_write_once_stop_together_and_resume(workshop, scrip
     assert resumed.returncode == 0, errors
     again = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
     assert [line["losses"] for line in again] == [line["losses"] for line in lines]
+    assert [line["scores"] for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"] == scores
     mine, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
     assert all(torch.equal(mine[name], value) for name, value in expected.items())

@@ -1,0 +1,139 @@
+"""Processes that load images, and their end: in time, whatever happens, and without a traceback of theirs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from coco_example.data.dataset import Target, collate
+from coco_example.engine.signals import deferred_signals, leave_signals_alone
+from coco_example.errors import DataError, FileError, RunError, first_line
+from crosskd_assign.errors import CrossKDError
+
+__all__ = ["loaded"]
+
+Item: TypeAlias = tuple[Tensor, Target]
+Batch: TypeAlias = tuple[list[Tensor], list[Any]]
+
+
+@contextmanager
+def loaded(
+    dataset: Dataset[Item], batches: Iterable[Sequence[Any]], *, workers: int, pin_memory: bool = False
+) -> Iterator[Iterator[Batch]]:
+    """Load batches of a dataset while the block runs, in processes that end with it.
+
+    Args:
+        dataset: The images.
+        batches: Keys of the images of each batch.
+        workers: Processes that load; 0: this one.
+        pin_memory: Whether batches go to an accelerator.
+
+    Raises:
+        CrossKDError: An image cannot be loaded, or a process was killed.
+    """
+    others = set(multiprocessing.active_children())
+    loader: DataLoader[Any] = DataLoader(
+        _Guarded(dataset),
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of keys will do
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=leave_signals_alone,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # without its own it would draw from the generator that training resumes
+    )
+    iterator: Any = None
+    try:
+        with deferred_signals():
+            iterator = iter(loader)
+        yield _received(iterator)
+    except RuntimeError as error:  # raised anywhere in the block, by torch's handler of SIGCHLD
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise _lost(error) from error
+    finally:
+        with deferred_signals():
+            _end(iterator, set(multiprocessing.active_children()) - others)
+
+
+def _end(iterator: Any, processes: Iterable[Any]) -> None:
+    """Kill processes: they ignore what asks them to stop, may hang in a read, and Python would wait for them."""
+    # 1. Torch's handler of SIGCHLD would take their end for an accident.
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if sys.platform != "win32" else None
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+    # 2. Let the iterator find them ended. It may live on in a traceback.
+    if hasattr(iterator, "__del__"):
+        iterator.__del__()
+    if sys.platform != "win32" and before is not None:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way from a loader's process, as torch would send it with a traceback in its message."""
+
+    kind: type[CrossKDError]
+    message: str
+
+
+class _Guarded(Dataset[Any]):
+    """A dataset whose expected errors are items."""
+
+    def __init__(self, dataset: Dataset[Item]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, key: Any) -> Item | _Failure:
+        try:
+            return self._dataset[key]
+        except CrossKDError as error:
+            return _Failure(type(error), str(error))
+        except OSError as error:
+            return _Failure(FileError, str(FileError.of(error)))
+        except MemoryError:
+            return _Failure(DataError, "Expected enough memory for an image, but got none. Fix: lower --workers.")
+
+
+def _collate(items: Sequence[Any]) -> Batch | _Failure:
+    failure = next((item for item in items if isinstance(item, _Failure)), None)
+    if failure is not None:
+        return failure
+    images, targets = collate(items)
+    if get_worker_info() is not None:
+        # The queue would do it, too, but where it fails it prints a traceback, drops the batch and lets us wait for it.
+        try:
+            for tensor in (*images, *(value for target in targets for value in target.values())):
+                tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        except (OSError, RuntimeError) as error:
+            return _Failure(RunError, str(_lost(error)))
+    return images, targets
+
+
+def _received(iterator: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+    try:
+        for batch in iterator:
+            if isinstance(batch, _Failure):
+                raise batch.kind(batch.message)
+            yield batch
+    except (OSError, EOFError) as error:  # a process was killed while it sent a batch; its own errors are failures
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> RunError:
+    return RunError(
+        expected="the processes that load images to live and to pass them on",
+        got=first_line(error),
+        where="--workers",
+        fix="see whether memory, shared memory or open files are short, lower --workers, and go on with --resume",
+    )
