@@ -68,7 +68,7 @@ READINGS: dict[str, tuple[Callable[[Outputs], Tensor], str]] = {
 Pairs = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # for x and for y
 
 
-@check("boxes", after=("features", "head", "strides", "finite", "points"))
+@check("boxes", after=("finite", "points", "batches"))
 @torch.no_grad()
 def boxes(exam: Examination) -> Finding:
     """Check that boxes move with their points, pixel by pixel, and have their corners in order."""
@@ -96,10 +96,10 @@ def boxes(exam: Examination) -> Finding:
 
 
 def _predict_on_noise(exam: Examination) -> Outputs:
-    """Predict on two grey images with little noise; return what is finite of the first."""
-    picture = (0.5 + 0.05 * torch.randn_like(exam.batch.images[:2])).clamp(0, 1)
+    """Predict on grey images with little noise; return what is finite of the first."""
+    picture = (0.5 + 0.05 * torch.randn_like(exam.small_batch.images)).clamp(0, 1)
     height, width = exam.image_size
-    predictions = exam.predict(Batch(picture, (exam.image_size,) * 2, (exam.image_size,) * 2))
+    predictions = exam.predict(Batch(picture, (exam.image_size,) * len(picture), (exam.image_size,) * len(picture)))
     b = predictions.boxes[0].double()
     finite = b.isfinite().all(dim=1)
     xy, strides = predictions.points.double()[finite], predictions.strides.double()[finite, None]
@@ -140,7 +140,7 @@ def _best_reading(outputs: Outputs, pairs: Pairs) -> str | None:
 def _equal_on_all_levels(exam: Examination) -> Finding | None:
     """Note if the same map gives boxes of the same size on all levels."""
     # 1. One constant map for all levels.
-    maps, levels = exam.maps_of_two, levels_of(exam, exam.predictions)
+    maps, levels = exam.small_maps, levels_of(exam, exam.predictions)
     if len(levels) < 2 or len({x.shape[1] for x in maps}) > 1:
         return None
     constant = maps[0].mean(dim=(2, 3), keepdim=True)
