@@ -15,6 +15,7 @@ from .errors import DetectorError
 from .losses import OneToOneLoss
 from .postprocessing import top_detections
 from .structures import Assignment, Batch, DensePredictions, Detection, ForwardPass, Target
+from .symptoms import FirstLook, worst_symptom
 from .validation import validate_images, validate_option, validate_predictions, validate_targets
 
 __all__ = ["EndToEndDetector"]
@@ -82,6 +83,7 @@ class EndToEndDetector(nn.Module):
         self.auxiliary = auxiliary
         self.top_k = top_k
         self.score_threshold = score_threshold
+        self.first_look = FirstLook()
         # Only the auxiliary head needs the features after the detector's own head has run on them.
         self._entry = PyramidEntry.unmeasured(edits_maps=auxiliary is not None and auxiliary.edits_features)
         for parameter in self.adapter.unused_parameters():
@@ -160,11 +162,12 @@ class EndToEndDetector(nn.Module):
         return ForwardPass(batch, moved, features, maps, predictions)
 
     def losses(self, run: ForwardPass) -> dict[str, Tensor]:
-        """Compute the weighted losses of one pass.
+        """Compute the weighted losses of one pass; the first time, warn of what looks wrong in it.
 
         Returns:
             Those of ``loss`` and, where there is an auxiliary head, its own with the prefix ``auxiliary_``.
         """
+        self.first_look(worst_symptom, run)
         targets = cast("list[Target]", run.targets)  # validated: none is missing
         losses = self.loss(run.predictions, targets, self.assigner(run.predictions, targets))
         if self.auxiliary is None:

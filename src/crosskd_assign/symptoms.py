@@ -6,16 +6,20 @@ All of these train without an error, and to no good. A symptom is the error that
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .distributed import is_first_rank
 from .errors import CrossKDError, ImageError, PredictionError, TargetError
 from .structures import DensePredictions, ForwardPass, Target
 
 __all__ = [
     "CONFIDENT",
+    "FirstLook",
     "symptom_of_images",
     "symptom_of_levels",
     "symptom_of_logits",
@@ -25,8 +29,32 @@ __all__ = [
     "worst_symptom",
 ]
 
+T = TypeVar("T")
+
 CONFIDENT = 0.05  # scores above it count for cross-head distillation
+SOME = 0.4  # share of boxes with inverted corners from which on their columns are doubted; fewer are bad boxes
 FRACTION = 1.5  # boxes of an image are fractions of it if no coordinate is larger; a little more than 1 for rounding
+
+
+class FirstLook:
+    """Looks for a symptom once, and warns of it; does nothing ever after, nor on other ranks than the first.
+
+    Example:
+        >>> look = FirstLook()
+        >>> look(symptom_of_images, [torch.rand(3, 4, 4)])  # nothing wrong
+        >>> look(symptom_of_images, [255 * torch.rand(3, 4, 4)])  # not looked at
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def __call__(self, find: Callable[[T], CrossKDError | None], subject: T) -> None:
+        """Warn of what ``find`` finds in the subject."""
+        if self.done or torch.compiler.is_compiling():
+            return
+        self.done = True
+        if is_first_rank() and (symptom := find(subject)):
+            warnings.warn(f"{symptom} check_adapter tells more.", stacklevel=4)
 
 
 def worst_symptom(run: ForwardPass) -> CrossKDError | None:
@@ -79,7 +107,7 @@ def symptom_of_targets(targets: Sequence[Target | None], sizes: Sequence[tuple[i
     # 2. Corners in order, and middles inside: at most fractions.
     scaled = "multiply x by the width and y by the height of the image, in pixels"
     inverted, outside = _shares(boxes / frames)
-    if inverted <= 0.2 and outside <= 0.1:
+    if inverted <= SOME and outside <= 0.1:
         return _other_boxes("fractions of the image", scaled) if fractional else None
 
     # 3. Which reading of the columns puts all boxes inside?
@@ -87,7 +115,7 @@ def symptom_of_targets(targets: Sequence[Target | None], sizes: Sequence[tuple[i
         if _inside(read(boxes) / frames):
             scale = (" in fractions of the image", f", then {scaled}") if fractional else ("", "")
             return _other_boxes(name + scale[0], fix + scale[1])
-    if inverted > 0.2:
+    if inverted > SOME:
         return _other_boxes(f"{inverted:.0%} of them with corners the wrong way round", "bring corners in order")
     return _other_boxes(
         f"{outside:.0%} of them with their middle outside, as boxes of another image size",

@@ -64,7 +64,7 @@ def probe_detector(adapter: DetectorAdapter) -> Probe:
     for batch in _blank_batches(adapter):
         try:
             probe = _probe(adapter, batch)
-        except CrossKDError:
+        except (CrossKDError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a stranger's network raises where it is given another size than its own
             failure = failure or error

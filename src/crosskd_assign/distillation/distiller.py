@@ -14,6 +14,7 @@ from ..detectors import DetectorAdapter, Probe, adapt, measure_entry, probe_dete
 from ..end_to_end import EndToEndDetector
 from ..errors import IncompatibleDetectorsError, MissingTeacherError, OptionError
 from ..structures import Batch, DensePredictions, Detection, ForwardPass, Target
+from ..symptoms import FirstLook, symptom_of_teacher
 from ..validation import validate_predictions
 from .aligner import MatchedLevel, match_levels
 
@@ -87,6 +88,7 @@ class Distiller(nn.Module, ABC):
                 where="constructor argument",
                 fix="leave out one of the two",
             )
+        self.first_look = FirstLook()
         self.levels: list[MatchedLevel] = []
         self._teacher: tuple[DetectorAdapter] | None = None
         self.attach_teacher(teacher)
@@ -218,10 +220,13 @@ class Distiller(nn.Module, ABC):
         return predictions
 
     def teacher_pass(self, batch: Batch) -> tuple[list[Tensor], DensePredictions]:
-        """Compute the teacher's maps and predictions on a batch, without a graph."""
+        """Compute the teacher's maps and predictions on a batch, without a graph; the first time, look at its scores."""
         maps = self.teacher_maps(batch)
         with torch.no_grad():
-            return maps, self.run_teacher_head(maps, batch.image_size)
+            predictions = self.run_teacher_head(maps, batch.image_size)
+        if self.training:
+            self.first_look(symptom_of_teacher, predictions)
+        return maps, predictions
 
     @override
     def extra_repr(self) -> str:
