@@ -113,7 +113,7 @@ class ObjectnessAsQuality(YOLOX):
         return DensePredictions.from_centers(classes, centers, levels, quality=objectness[..., 0])
 
 
-# --- YOLOv6, NanoDet-Plus, RetinaNet: outputs that are zero or tiny when fresh -------------------------------------------
+# --- YOLOv6, NanoDet-Plus, RetinaNet: outputs that are zero or tiny when fresh ----------------------------------------
 
 
 def yolov6_network(classes: int = CLASSES, bins: int = 17) -> nn.Module:
@@ -189,7 +189,7 @@ class FixedSize(ResizingAdapter):
         return DensePredictions.from_sides(out[..., :-4], out[..., -4:].clamp(max=4).exp(), grid(features))
 
 
-# --- one grid, and heads that leave something out or too much in ---------------------------------------------------------
+# --- one grid, and heads that leave something out or too much in ------------------------------------------------------
 
 
 class Plain(Foreign):

@@ -41,7 +41,11 @@ def test_what_trains_is_found_right(name, sizes):
 @pytest.mark.parametrize(
     ("kind", "check", "words"),
     [
-        (foreign.SigmoidInTheHead, "scores", r"class logits, but got what looks like probabilities, all.*before the sig"),
+        (
+            foreign.SigmoidInTheHead,
+            "scores",
+            r"class logits, but got what looks like probabilities.*before the sigmoid",
+        ),
         (foreign.SoftmaxInTheHead, "scores", r"probabilities of a softmax.*sigmoid_logits\(scores\)"),
         (foreign.LogSoftmaxInTheHead, "scores", r"logarithms of a softmax.*sigmoid_logits\(scores\)"),
     ],

@@ -220,7 +220,7 @@ class Distiller(nn.Module, ABC):
         return predictions
 
     def teacher_pass(self, batch: Batch) -> tuple[list[Tensor], DensePredictions]:
-        """Compute the teacher's maps and predictions on a batch, without a graph; the first time, look at its scores."""
+        """Compute the teacher's maps and predictions on a batch, without a graph; the first time, look at them."""
         maps = self.teacher_maps(batch)
         with torch.no_grad():
             predictions = self.run_teacher_head(maps, batch.image_size)

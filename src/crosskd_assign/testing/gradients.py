@@ -152,7 +152,9 @@ def unused_parameters(exam: Examination) -> Finding:
         expected, got = "a gradient for every parameter that is not declared unused", f"none for {_few(idle)}"
         fix = "return them there, or DistributedDataParallel stops in the second step; or make the model use them"
         if any(id(p) in quality for p in trainable if names[id(p)] in idle):
-            fix = "if quality is an objectness, give logits=functional.product_logits(logits, objectness[..., None]) and "
+            fix = (
+                "if quality is an objectness, give logits=functional.product_logits(logits, objectness[..., None]) and "
+            )
             fix += "no quality; if it is a centerness or an IoU, return its parameters there"
         return wrong(expected, got, where=where, fix=fix)
     busy = [names[id(p)] for p in declared if id(p) in reached]
@@ -168,7 +170,8 @@ def _reached(exam: Examination, trainable: list[nn.Parameter]) -> tuple[set[int]
     for parameter in trainable:
         parameter.requires_grad_(True)  # the detector has frozen those that are declared
     run = detector.run(exam.images, [made_up_target(image) for image in exam.images])
-    losses = detector.loss(run.predictions, run.targets, detector.assigner(run.predictions, run.targets))
+    targets = [target for target in run.targets if target is not None]  # all of them: they were made up
+    losses = detector.loss(run.predictions, targets, detector.assigner(run.predictions, targets))
     quality = run.predictions.quality
     return reachable(losses.values()), set() if quality is None else reachable([quality])
 
