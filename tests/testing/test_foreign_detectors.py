@@ -3,14 +3,18 @@ refused, and each mistake is named."""
 
 from __future__ import annotations
 
+import importlib
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
 
-from crosskd_assign.structures import Target
+from crosskd_assign import DensePredictions, TaskAwareOneToOneAssigner, functional, geometry
+from crosskd_assign.structures import Batch, Target
 from crosskd_assign.testing import AdapterCheck, AdapterReport, check_adapter
 from tests.makers import foreign
 from tests.makers.small_models import scene
@@ -90,6 +94,97 @@ def test_predictions_without_levels_are_a_note_on_their_price():
     report = check_adapter(foreign.seeded(foreign.RIGHT["built by hand"]), *scene(SIZES[0]))
     assert found(report, "points").outcome == "note"
     assert "40 to 390 times slower" in found(report, "points").sentence
+
+
+def test_progress_is_every_check_as_it_is_done_and_reads_as_the_report_does():
+    heard: list[AdapterCheck] = []
+    report = check_adapter(foreign.seeded(foreign.RIGHT["YOLOv6"]), *scene(SIZES[0]), progress=heard.append)
+    assert tuple(heard) == report.checks
+    assert str(report).splitlines()[1:] == [line for check in heard for line in str(check).splitlines()]
+
+
+class Counted(foreign.Plain):
+    """Counts the images that go through it."""
+
+    passed = 0
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        Counted.passed += len(batch.images)
+        return super().features(batch)
+
+    def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+        Counted.passed += len(features[0])
+        return super().head(features, image_size)
+
+
+def test_a_check_costs_a_few_dozen_passes():
+    """On two cores a ResNet-50 detector needs a tenth of a second for each, at 256 pixels."""
+    Counted.passed = 0
+    assert check_adapter(foreign.seeded(lambda: Counted(foreign.plain_network())), *scene(((256, 256),) * 2)).ok
+    assert Counted.passed <= 100
+
+
+# --- what foreign code brings, as the guide has it --------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+
+
+def row(start: str) -> list[str]:
+    """All code that the guide's table has for a thing that foreign code brings."""
+    guide = (ROOT / "docs/how-to/your-detector.md").read_text(encoding="utf-8")
+    (line,) = [line for line in guide.splitlines() if line.startswith(f"| {start}")]
+    return re.findall(r"`([^`]+)`", line.split("|")[2])
+
+
+def test_the_guide_multiplies_class_and_objectness():
+    classes, objectness = torch.randn(2, 5, 3), torch.randn(2, 5)
+    names = {"class_logits": classes, "objectness_logits": objectness, "functional": functional}
+    made = eval(row("a score that is class × objectness")[0].removeprefix("logits="), names)  # noqa: S307
+    torch.testing.assert_close(made.sigmoid(), classes.sigmoid() * objectness.sigmoid()[..., None])
+
+
+def test_the_guide_turns_a_softmax_into_logits(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples/third_party")
+    names = {
+        "scores": torch.randn(2, 5, 4),
+        "sigmoid_logits": importlib.import_module("ssdlite_detector").sigmoid_logits,
+    }
+    made = eval(row("a softmax with a background class")[0], names)  # noqa: S307
+    torch.testing.assert_close(made.sigmoid(), names["scores"].softmax(dim=-1))
+
+
+def test_the_guide_gives_a_network_of_bgr_and_255_what_it_is_used_to():
+    adapter = foreign.seeded(foreign.RIGHT["NanoDet-Plus"])
+    batch, _ = adapter.preprocess(scene(SIZES[0])[0])
+    made = [eval(code, {"self": adapter, "batch": batch}) for code in row("pixels as BGR") if "(" in code]  # noqa: S307
+    mean, std = (torch.tensor(foreign.BGR[name]).view(3, 1, 1) for name in ("mean", "std"))
+    bgr = 255 * batch.images.flip(1)
+    torch.testing.assert_close(made[0], (bgr - mean) / std)
+    plain = foreign.seeded(foreign.RIGHT["YOLOX"])
+    torch.testing.assert_close(eval(row("pixels as BGR")[-1], {"self": plain, "batch": batch}), bgr)  # noqa: S307
+
+
+def test_the_guide_letterboxes():
+    options = eval(f"dict({row('a letterbox or another resizing')[1]})")  # noqa: S307
+    adapter = foreign.seeded(lambda: foreign.FixedSize(foreign.fixed_network(options["size"]), **options))
+    image, target = torch.rand(3, 100, 200), torch.tensor([[20.0, 10, 120, 90]])
+    batch, (moved,) = adapter.preprocess([image], [{"boxes": target, "labels": torch.tensor([0])}])
+    assert batch.image_size == (640, 640)
+    torch.testing.assert_close(moved["boxes"], 3.2 * target)
+
+
+def test_the_guide_takes_anchors_without_a_grid():
+    anchors = torch.tensor([[0.0, 0, 30, 20], [5, 9, 60, 50], [40, 40, 64, 64]])
+    offsets, logits = 0.1 * torch.randn(2, 3, 4), torch.randn(2, 3, 2)
+    code = row("anchors without a grid")
+    boxes = eval(code[1], {"geometry": geometry})(anchors, offsets)  # noqa: S307
+    oracle = BoxCoder((1.0, 1.0, 1.0, 1.0)).decode(offsets.reshape(-1, 4), [anchors, anchors]).reshape(2, 3, 4)
+    torch.testing.assert_close(boxes, oracle)
+    names = {"logits": logits, "boxes": boxes, "points": (anchors[:, :2] + anchors[:, 2:]) / 2}
+    names |= {"strides": torch.tensor([8.0, 16, 8]), "DensePredictions": DensePredictions}  # type: ignore[dict-item]
+    made = eval(code[0], names)  # noqa: S307
+    targets = [Target(boxes=anchors[i : i + 1], labels=torch.tensor([i])) for i in (0, 1)]
+    assert TaskAwareOneToOneAssigner()(made, targets).point.tolist() == [0, 1]
 
 
 # --- images and targets -----------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def check_adapter(
         >>> import torch
         >>> from torch import nn
         >>> from crosskd_assign import DensePredictions, GridLevel, adapt
+        >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 8, stride=8), nn.Conv2d(16, 3 + 4, 3, padding=1))
         >>> def head(model, maps):
         ...     out = model[1](maps[0]).flatten(2).transpose(1, 2)  # (N, A, C + 4)

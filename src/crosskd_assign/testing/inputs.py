@@ -25,7 +25,7 @@ def pixels(exam: Examination) -> Finding:
     if symptom := symptom_of_images(exam.images):
         return Finding.of(symptom)
     low, high = min(float(x.min()) for x in exam.images), max(float(x.max()) for x in exam.images)
-    return Finding("ok", f"images are in {low:.2g}…{high:.2g}")
+    return Finding("ok", f"images are in {low:.2f}…{high:.2f}")
 
 
 @check("targets", after=("head",))
