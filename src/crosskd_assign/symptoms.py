@@ -162,10 +162,12 @@ def symptom_of_logits(logits: Tensor) -> PredictionError | None:
     x = logits[:1].detach().float()
     classes = x.shape[-1]
     softmax = "return sigmoid_logits(scores), of examples/third_party/ssdlite_detector.py, without the background"
-    if classes > 1 and bool((x.exp().sum(dim=-1) - 1).abs().amax() < 1e-3):
+    if float(x.std(dim=1, correction=0).amax()) == 0:
+        return None  # an output convolution of zeros
+    if classes > 1 and bool((x.exp().sum(dim=-1) - 1).abs().amax() < 1e-5):
         got, fix = "logarithms of a softmax", softmax
-    elif not 0 <= float(x.amin()) <= float(x.amax()) <= 1 or float(x.std(dim=1, correction=0).amax()) == 0:
-        return None  # not finite, or what an output convolution of zeros predicts
+    elif not 0 <= float(x.amin()) <= float(x.amax()) <= 1:
+        return None  # also where they are not finite
     elif classes > 1 and float(x.sum(dim=-1).amax()) < 1.001:
         got, fix = "probabilities of a softmax", softmax
     else:
