@@ -189,6 +189,14 @@ class FixedSize(ResizingAdapter):
         return DensePredictions.from_sides(out[..., :-4], out[..., -4:].clamp(max=4).exp(), grid(features))
 
 
+class Own255(FixedSize):
+    """Has mean and standard deviation for 0…255, and brings pixels to that range itself."""
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        fine, coarse = self.model.body((255 * batch.images - self.image_mean) / self.image_std)
+        return [fine + self.model.places, coarse]
+
+
 # --- one grid, and heads that leave something out or too much in ------------------------------------------------------
 
 
@@ -274,6 +282,9 @@ RIGHT: dict[str, Any] = {
     "fixed 320": lambda: FixedSize(fixed_network(320), size=320, fit="letterbox", **ImageNet),
     "fixed 640": lambda: FixedSize(fixed_network(640), size=640, fit="stretch", **ImageNet),
     "fixed 128": lambda: FixedSize(fixed_network(128), size=128, fit="stretch", **ImageNet),
+    "mean of 0…255, multiplied": lambda: Own255(
+        fixed_network(128), size=128, fit="letterbox", image_mean=BGR["mean"], image_std=BGR["std"]
+    ),
     "otherwise in export": lambda: OtherwiseInExport(plain_network(3), **ImageNet),
     "sizes by len": lambda: SizesByLen(plain_network(3), **ImageNet),
 }

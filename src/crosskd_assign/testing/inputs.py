@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..geometry import scale
 from ..structures import Batch, Detection, Target
@@ -144,16 +145,20 @@ def _pixels(box: Tensor) -> str:
 def normalisation(exam: Examination) -> Finding:
     """Check that pixels in 0…1 reach `features`, which normalises them itself, and not in place."""
     # 1. The batch, before features() and after.
-    batch = exam.small_batch
-    before = [x.clone() for x in exam.adapter.features(batch)]
+    batch, seen = exam.small_batch, list[Tensor]()
+    with register_module_forward_pre_hook(
+        lambda _, given: seen.extend(x for x in given if isinstance(x, Tensor) and x.dim() == 4)
+    ):
+        before = [x.clone() for x in exam.adapter.features(batch)]
     if finding := _unlike_pixels(exam, batch):
         return finding
 
-    # 2. Mean and standard deviation are for such pixels.
+    # 2. Mean and standard deviation are for such pixels, or the network sees pixels in 0…255 as they are.
     mean, std = exam.adapter.image_mean, exam.adapter.image_std
     numbers = [[round(x, 4) for x in values.flatten().tolist()] for values in (mean, std)]
     named = f"mean {numbers[0]} and std {numbers[1]}"
-    if float(mean.abs().max()) > 3 or float(std.max()) > 3 or float(std.min()) <= 0:
+    large = float(mean.abs().max()) > 3 or float(std.max()) > 3
+    if float(std.min()) <= 0 or (large and not (seen and float(seen[0].std(dim=(2, 3)).max()) > 0.1)):
         return wrong("image_mean and image_std for pixels in 0…1", named, where=exam.name, fix="divide them by 255")
     if not mean.any() and bool((std == 1).all()):
         sees = "the network sees pixels in 0…1, unless features() normalises them"
