@@ -35,7 +35,7 @@ FLOORS = [
     {"geometry"},
     {"distributed", "transfer"},
     {"structures"},
-    {"validation"},
+    {"validation", "symptoms"},
     {"kernels"},
     {"functional"},
     {"assignment", "losses", "detectors"},
@@ -51,7 +51,7 @@ INSIDE = {
     "detectors": [{"base"}, {"probing", "resizing", "functions", "torchvision"}, {"entry"}],
     "distillation": [{"schedule", "aligner"}, {"distiller", "inherit"}, {"cross_head"}],
     "export": [{"tensor_detector"}, {"compare"}, {"onnx"}],
-    "testing": [{"report"}, {"examination"}, {"shapes", "positions", "robustness", "gradients"}, {"units"}],
+    "testing": [{"report"}, {"examination"}, {"shapes", "inputs", "positions", "robustness", "gradients"}, {"units"}],
 }
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}
 ONLY_IN = {"detectors/torchvision.py": {"torchvision"}, "kernels/triton.py": {"triton"}}

@@ -265,8 +265,9 @@ def test_the_first_bad_box_of_a_batch_is_named(bad):
 
 
 def test_boxes_of_x_y_width_and_height_are_recognised_by_their_remedy():
-    with pytest.raises(TargetError) as caught:
-        EndToEndDetector(tiny_detector())([IMAGE], [{**GOOD, "boxes": torch.tensor([[8.0, 8, 4, 6], [1, 1, 9, 9]])}])
+    boxes = torch.tensor([[8.0, 8, 4, 6], [1, 1, 9, 9]])
+    with pytest.warns(UserWarning, match="looks like x, y, w, h"), pytest.raises(TargetError) as caught:
+        EndToEndDetector(tiny_detector())([IMAGE], [{**GOOD, "boxes": boxes}])
     assert 'box_convert(boxes, "xywh", "xyxy")' in caught.value.fix
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .geometry import at_least_float32
 
-__all__ = ["Statistics", "channel_statistics", "normalizer_over_ranks", "world_size"]
+__all__ = ["Statistics", "channel_statistics", "is_first_rank", "normalizer_over_ranks", "world_size"]
 
 
 class Statistics(NamedTuple):
@@ -31,6 +31,11 @@ class Statistics(NamedTuple):
 def world_size() -> int:
     """Count the processes of the default group; 1 where there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks for all: rank 0, or the only one."""
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 def normalizer_over_ranks(total: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .losses import OneToOneLoss
 from .postprocessing import top_detections
 from .selection import SelectionBranch
 from .structures import Assignment, Batch, DensePredictions, Detection, ForwardPass, Target, labelled
+from .symptoms import FirstLook, worst_symptom
 from .transfer import Transfer
 from .validation import (
     validate_images,
@@ -99,6 +100,7 @@ class EndToEndDetector(nn.Module):
         self.selection = selection
         self.top_k = top_k
         self.score_threshold = score_threshold
+        self.first_look = FirstLook()
         # Only these need the features after the detector's own head has run on them.
         edits_maps = any(part is not None and part.edits_features for part in (auxiliary, selection))
         self._entry = PyramidEntry.unmeasured(edits_maps=edits_maps)
@@ -189,7 +191,9 @@ class EndToEndDetector(nn.Module):
         return predictions if self.selection is None else self.selection(features, predictions)
 
     def losses(self, run: ForwardPass) -> dict[str, Tensor]:
-        """Compute the weighted losses of one pass; images without labels are left out.
+        """Compute the weighted losses of one pass, without images that have no labels.
+
+        The first time, warn of what looks wrong in it.
 
         Returns:
             Those of ``loss`` and, where there is an auxiliary head, its own with the prefix ``auxiliary_``.
@@ -199,6 +203,7 @@ class EndToEndDetector(nn.Module):
             TargetError: A box or label has an impossible value.
         """
         # 1. One positive for each object. By then the sums have arrived with what the assigner waits for.
+        self.first_look(worst_symptom, run)
         predictions, targets = labelled(run.predictions, run.targets)
         sums = Transfer(_pixel_sums(run.batch))
         assignment = self.assigner(predictions, targets)

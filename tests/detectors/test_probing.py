@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crosskd_assign import AuxiliaryHead, CrossHeadDistiller, DensePredictions, DetectorAdapter, adapt
+from crosskd_assign import (
+    AuxiliaryHead,
+    CrossHeadDistiller,
+    DensePredictions,
+    DetectorAdapter,
+    GridLevel,
+    ResizingAdapter,
+    adapt,
+)
 from crosskd_assign.detectors import PyramidLevel, probe_detector
 from crosskd_assign.detectors.probing import evaluation_mode
 from crosskd_assign.errors import DetectorError
@@ -151,6 +159,68 @@ def test_a_head_that_edits_its_maps_is_found_out_and_the_maps_of_the_probe_are_c
         size = ((256, 256),) * 2
         clean = adapter.features(Batch(torch.zeros(2, 3, 256, 256), size, size))
     torch.testing.assert_close(probe.features, clean, atol=0, rtol=0)
+
+
+# --- networks that do not take 256 pixels -----------------------------------------------------------------------------
+
+
+class TakesOnly(TinyAdapter):
+    """Runs on images of one size, as networks with a table of positions do."""
+
+    size = 256
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        if batch.image_size != (self.size,) * 2:
+            raise RuntimeError(f"The size of tensor a ({batch.image_size[0]}) must match {self.size}\nand more")
+        return super().features(batch)
+
+
+class Prepares(TakesOnly, ResizingAdapter):
+    """Brings images to that size."""
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "stretch", "longer"])
+@pytest.mark.parametrize("size", [128, 320, 640])
+def test_a_network_of_one_size_is_probed_through_its_own_preprocess(size, fit):
+    adapter = Prepares(TinyNetwork(), size=size, fit=fit)
+    adapter.size = size
+    probe = probe_detector(adapter)
+    assert probe.image_size == (size, size)
+    assert probe.strides == [8, 16, 32]
+    teacher = tiny_detector(1)
+    assert [level.stride for level in CrossHeadDistiller(adapter, teacher).student_entry.pyramid] == [8, 16, 32]
+
+
+def test_a_network_of_large_images_without_resizing_gets_larger_blank_ones():
+    adapter = TakesOnly(TinyNetwork())
+    adapter.size = 1024
+    assert probe_detector(adapter).image_size == (1024, 1024)
+
+
+def test_levels_that_are_one_cell_each_on_256_pixels_are_told_apart_on_larger_images():
+    class Coarse(TinyAdapter):
+        """Strides of 128, 256 and 512."""
+
+        def features(self, batch: Batch) -> list[Tensor]:
+            return [nn.functional.avg_pool2d(x, 16, ceil_mode=True) for x in super().features(batch)]
+
+        def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+            levels = [GridLevel.of(x, 128 * 2**i) for i, x in enumerate(features)]
+            out = torch.cat([self.model.regression(x).flatten(2).transpose(1, 2) for x in features], dim=1)
+            return DensePredictions.from_sides(out, out.exp(), levels)
+
+    assert probe_detector(Coarse(TinyNetwork())).strides == [128, 256, 512]
+
+
+def test_a_network_that_takes_no_blank_image_is_refused_with_the_first_reason():
+    adapter = TakesOnly(TinyNetwork())
+    adapter.size = 333
+    message = (
+        r"got RuntimeError: The size of tensor a \(256\) must match 333 \(TakesOnly, on a blank image of 256 pixels\)"
+    )
+    with pytest.raises(DetectorError, match=message) as caught:
+        probe_detector(adapter)
+    assert "ResizingAdapter" in caught.value.fix
 
 
 # --- what it leaves alone ---------------------------------------------------------------------------------------------

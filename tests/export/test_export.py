@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from crosskd_assign import (
 )
 from crosskd_assign.errors import ExportError, ImageError, OptionError
 from crosskd_assign.export import TensorDetector, export_onnx
+from crosskd_assign.export.compare import predict, validate_tracing_mode
 from crosskd_assign.structures import Batch
 from tests.makers.builders import tiny_detector
 from tests.makers.small_models import MAKERS, scene, small_fcos, snapshot
@@ -314,6 +316,31 @@ class Chooser(OnePixelAdapter):
         return DensePredictions.on_grid(logits if boxes.mean() > 0 else -logits, boxes, [level])
 
 
+class Asks(OnePixelAdapter):
+    """Squashes its scores where it is told that it is being exported."""
+
+    asks = "onnx.is_in_onnx_export"
+
+    def predictions(self, logits: Tensor, boxes: Tensor, level: GridLevel) -> DensePredictions:
+        exporting = attrgetter(self.asks)(torch)()
+        return DensePredictions.on_grid(logits.sigmoid() if exporting else logits, boxes, [level])
+
+
+class AsksForNothing(OnePixelAdapter):
+    """Leaves out in export what changes nothing."""
+
+    def predictions(self, logits: Tensor, boxes: Tensor, level: GridLevel) -> DensePredictions:
+        return DensePredictions.on_grid(logits if torch.onnx.is_in_onnx_export() else logits * 1, boxes, [level])
+
+
+class CountsByLen(OnePixelAdapter):
+    """Splits by ``len(level)``, which is a Python number."""
+
+    def predictions(self, logits: Tensor, boxes: Tensor, level: GridLevel) -> DensePredictions:
+        first, second = torch.cat([logits, logits], dim=1).split([len(level), len(level)], dim=1)
+        return DensePredictions.on_grid((first + second) / 2, boxes, [level])
+
+
 def one_pixel(kind: type[OnePixelAdapter] = OnePixelAdapter, **attributes: Any) -> EndToEndDetector:
     torch.manual_seed(0)
     adapter = kind(OnePixelNetwork())
@@ -368,6 +395,26 @@ def test_an_adapter_that_fixes_the_number_of_images_is_told_so_and_exports_for_t
         export_onnx(one_pixel(Looper), tmp_path / "a.onnx", **SMALL)
     assert not list(tmp_path.iterdir())
     assert export_onnx(one_pixel(Looper), tmp_path / "a.onnx", batch_size=1, **SMALL).input_shape == (1, 3, 32, 64)
+
+
+@pytest.mark.parametrize("asks", ["onnx.is_in_onnx_export", "compiler.is_exporting"])
+def test_a_head_that_predicts_otherwise_while_exporting_is_told_so_before_it_is_traced(asks, tmp_path):
+    with pytest.raises(ExportError, match=rf"the same predictions while exporting.*torch\.{asks}\(\)"):
+        export_onnx(one_pixel(Asks, asks=asks), tmp_path / "a.onnx", **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_branch_on_exporting_that_changes_nothing_is_allowed():
+    view = TensorDetector(one_pixel(AsksForNothing)).eval()
+    validate_tracing_mode(view, IMAGE[None], predict(view, IMAGE[None]))
+
+
+def test_sizes_frozen_by_len_are_named_with_their_line(tmp_path):
+    with pytest.raises(
+        ExportError, match=r"test_export\.py, line \d+, in predictions\).*level\.height \* level\.width"
+    ):
+        export_onnx(one_pixel(CountsByLen), tmp_path / "a.onnx", batch_size=1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

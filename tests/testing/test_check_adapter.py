@@ -67,10 +67,10 @@ def test_a_good_adapter_is_found_good(kind, sizes):
     report.raise_for_problems()
 
 
-def test_without_targets_only_the_label_space_is_left_out():
+def test_without_targets_only_these_are_left_out():
     report = check_adapter(odd.build(), pictures()[0])
     assert report.ok
-    assert {name for name, outcome in outcomes(report).items() if outcome == "skipped"} == {"labels"}
+    assert {name for name, outcome in outcomes(report).items() if outcome == "skipped"} == {"targets"}
 
 
 # --- bad ones ---------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ BAD: list[tuple[type[odd.Good], str, str]] = [
     (odd.MirroredImages, "places", r"images or maps mirrored"),
     (odd.ResizedWithoutBoxes, "boxes and images", r"painted rectangle.*resize and pad boxes as you do images"),
     (odd.NeverRestored, "boxes and images", r"NeverRestored\.restore\(\)"),
-    (odd.LabelsFromZero, "labels", r"labels in 0…1.*but got 0…2|labels in 0…1.*but got 1…2"),
+    (odd.LabelsFromZero, "targets", r"a label in 0…1, but got 2 \(targets\[0\].*more classes"),
     (odd.OddSizesFail, "sizes", r"must match the size.*odd_detectors\.py, line \d+, in features.*size_divisible"),
     (odd.LostPoints, "head", r"boxes of shape \(2, 168, 4\) for 168 points, but got \(2, 167, 4\)"),
     (odd.PlainTuple, "head", r"DensePredictions, but got tuple"),

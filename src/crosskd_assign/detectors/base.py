@@ -49,7 +49,7 @@ class DetectorAdapter(nn.Module, ABC):
 
     Attributes:
         max_entry: How many convolutions `head_stem` can run at most; 0, the default, for a head that cannot be split.
-        strides: Stride of each level in pixels, for networks in which a blank image of 256 pixels cannot measure them;
+        strides: Stride of each level in pixels, for networks in which a blank image cannot measure them;
             None, the default, to measure them.
 
     Example:
@@ -87,7 +87,8 @@ class DetectorAdapter(nn.Module, ABC):
         parameter = next(model.parameters(), None)
         device = None if parameter is None else parameter.device  # the model may have been moved already
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-            self.register_buffer(name, torch.tensor(values, device=device).view(3, 1, 1), persistent=False)
+            numbers = [float(value) for value in values]  # a mean of (0, 0, 0) would make a buffer of integers
+            self.register_buffer(name, torch.tensor(numbers, device=device).view(3, 1, 1), persistent=False)
 
     @abstractmethod
     def features(self, batch: Batch) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A probe: what blank images show of a detector, in one features pass and one head pass."""
+"""A probe: what blank images show of a detector, as a rule in one features pass and one head pass."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import DetectorError
+from ..errors import CrossKDError, DetectorError
 from ..structures import Batch, DensePredictions
 from .base import DetectorAdapter, PyramidLevel
 
-__all__ = ["PROBE_SIZE", "Probe", "blank_batch", "edited", "evaluation_mode", "probe_detector"]
+__all__ = ["PROBE_SIZE", "Probe", "edited", "evaluation_mode", "probe_detector"]
 
 PROBE_SIZE = 256  # pixels; a multiple of every usual stride, so that measured strides are exact
 BRANCHES = ("quality", "distribution")
@@ -51,11 +51,42 @@ class Probe:
 def probe_detector(adapter: DetectorAdapter) -> Probe:
     """Probe a detector with blank images; its modes, weights and buffers stay as they are.
 
+    The images have 256 pixels on a side. A network that does not take these, or whose levels cannot be told apart on
+    them, gets what its own `preprocess` makes of blank images, of this size or larger.
+
     Raises:
-        DetectorError: `features` does not return a list of 4-dimensional maps, or ``strides`` are not as many.
+        DetectorError: `features` does not return a list of 4-dimensional maps, ``strides`` are not as many, or the
+            network takes no blank image.
     """
-    # 1. One pass of each, the head on copies: does it edit them?
-    batch = blank_batch(adapter)
+    # 1. Blank images of 256 pixels, as they are.
+    found: list[Probe] = []
+    failure: Exception | None = None
+    for batch in _blank_batches(adapter):
+        try:
+            probe = _probe(adapter, batch)
+        except (CrossKDError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a stranger's network raises where it is given another size than its own
+            failure = failure or error
+            continue
+        found.append(probe)
+        if len(set(probe.strides)) == len(probe.strides):
+            return probe
+
+    # 2. None that tells all levels apart: the first that ran is what there is.
+    if found:
+        return found[0]
+    raise DetectorError(
+        expected="a network that runs on blank images",
+        got=f"{type(failure).__name__}: {(str(failure).strip().splitlines() or ['no message'])[0]}",
+        where=f"{type(adapter).__name__}, on a blank image of {PROBE_SIZE} pixels",
+        fix="let preprocess() bring every image to a size that the network takes, e.g. with ResizingAdapter",
+    ) from failure
+
+
+def _probe(adapter: DetectorAdapter, batch: Batch) -> Probe:
+    """Run both steps on blank images once, the head on copies: does it edit them?"""
+    # 1. The maps and the predictions.
     with evaluation_mode(adapter):
         features = adapter.features(batch)
         _validate_features(features, adapter)
@@ -64,7 +95,7 @@ def probe_detector(adapter: DetectorAdapter) -> Probe:
         predictions = adapter.head(given, batch.image_size)
 
     # 2. The levels: strides are declared, or measured.
-    strides = adapter.strides or [PROBE_SIZE / x.shape[-1] for x in features]
+    strides = adapter.strides or [batch.image_size[1] / x.shape[-1] for x in features]
     if len(strides) != len(features):
         raise DetectorError(
             expected=f"{len(features)} strides, one a map",
@@ -76,15 +107,25 @@ def probe_detector(adapter: DetectorAdapter) -> Probe:
     return Probe(tuple(levels), list(features), predictions, batch.image_size, edited(given, versions))
 
 
-def blank_batch(adapter: DetectorAdapter) -> Batch:
-    """Make a batch of two blank images, on the device and in the dtype of a detector's parameters.
+def _blank_batches(adapter: DetectorAdapter) -> Iterator[Batch]:
+    """Make batches of two blank images, on the device and in the dtype of a detector's parameters, one after another.
 
     Two, because norms refuse the only point of the coarsest map of a single image.
     """
+    # 1. As they are.
     parameter = next(adapter.model.parameters(), None)
     device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
     size = ((PROBE_SIZE, PROBE_SIZE),) * 2
-    return Batch(torch.zeros(2, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype), size, size)
+    seen = [size[0]]
+    yield Batch(torch.zeros(2, 3, *size[0], device=device, dtype=dtype), size, size)
+
+    # 2. As the adapter prepares them.
+    for side in (PROBE_SIZE, 2 * PROBE_SIZE, 4 * PROBE_SIZE):
+        with evaluation_mode(adapter):
+            batch, _ = adapter.preprocess([torch.zeros(3, side, side, device=device, dtype=dtype)] * 2)
+        if batch.image_size not in seen:
+            seen.append(batch.image_size)
+            yield batch
 
 
 @contextmanager

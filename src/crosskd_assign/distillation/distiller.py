@@ -14,6 +14,7 @@ from ..detectors import DetectorAdapter, Probe, adapt, measure_entry, probe_dete
 from ..end_to_end import EndToEndDetector
 from ..errors import IncompatibleDetectorsError, MissingTeacherError, OptionError, PredictionError
 from ..structures import Batch, DensePredictions, Detection, ForwardPass, Target
+from ..symptoms import FirstLook, symptom_of_teacher
 from ..validation import describe, validate_predictions
 from .aligner import MatchedLevel, match_levels
 
@@ -87,6 +88,7 @@ class Distiller(nn.Module, ABC):
                 where="constructor argument",
                 fix="leave out one of the two",
             )
+        self.first_look = FirstLook()
         self.levels: list[MatchedLevel] = []
         self._teacher: tuple[DetectorAdapter] | None = None
         self.attach_teacher(teacher)
@@ -196,11 +198,7 @@ class Distiller(nn.Module, ABC):
 
     @abstractmethod
     def distill(self, run: ForwardPass) -> dict[str, Tensor]:
-        """Compute the distillation losses of one pass of the student; what a subclass writes.
-
-        Returns:
-            Scalar tensors by name, without the prefix and not yet weighted.
-        """
+        """Compute the losses of one pass, scalars by name, neither prefixed nor weighted; what a subclass writes."""
 
     def teacher_maps(self, batch: Batch) -> list[Tensor]:
         """Compute the teacher's maps at its entry, without a graph."""
@@ -225,10 +223,13 @@ class Distiller(nn.Module, ABC):
         return predictions
 
     def teacher_pass(self, batch: Batch) -> tuple[list[Tensor], DensePredictions]:
-        """Compute the teacher's maps and predictions on a batch, without a graph."""
+        """Compute the teacher's maps and predictions on a batch, without a graph; the first time, look at them."""
         maps = self.teacher_maps(batch)
         with torch.no_grad():
-            return maps, self.run_teacher_head(maps, batch.image_size)
+            predictions = self.run_teacher_head(maps, batch.image_size)
+        if self.training:
+            self.first_look(symptom_of_teacher, predictions)
+        return maps, predictions
 
     @override
     def extra_repr(self) -> str:

@@ -1,9 +1,14 @@
-"""Compare exported detections with the detector's own, up to rounding and the order of ties."""
+"""Compare exported detections with the detector's own, up to rounding and the order of ties, and find reasons."""
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -12,12 +17,17 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 
+from ..errors import ExportError
 from ..geometry import at_least_float32
-from ..structures import Batch, Detection
+from ..structures import Batch, Detection, GridLevel
 from ..validation import validate_predictions
 from .tensor_detector import TensorDetector
 
-__all__ = ["Difference", "Prediction", "difference", "predict"]
+__all__ = ["OUTPUTS", "Difference", "Prediction", "compare_file", "difference", "predict", "validate_tracing_mode"]
+
+OUTPUTS = ("boxes", "scores", "labels")
+# What exporters set while they trace, and adapters may ask.
+_TRACING = ((torch.onnx, "is_in_onnx_export"), (torch.compiler, "is_exporting"))
 
 
 @dataclass(frozen=True)
@@ -125,3 +135,93 @@ def _one_each(same: NDArray[np.bool_], certain: NDArray[np.bool_]) -> bool:
         if (maximum_bipartite_matching(csr_array(pairs), perm_type="column") < 0).any():
             return False
     return True
+
+
+# --- a whole file -----------------------------------------------------------------------------------------------------
+
+
+def compare_file(
+    onnxruntime: Any,
+    path: Path,
+    view: TensorDetector,
+    batches: Sequence[Tensor],
+    known: Sequence[Sequence[Prediction]],
+    score_tolerance: float,
+    box_tolerance: float,
+) -> tuple[float, float]:
+    """Compute the largest difference of a score and of a box between file and detector.
+
+    Raises:
+        ExportError: It is no rounding, or the file does not run.
+    """
+    # 1. What onnxruntime finds.
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised, too
+    try:
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        found = [session.run(OUTPUTS, {"images": batch.numpy()}) for batch in batches]
+    except Exception as error:  # onnxruntime has a dozen types
+        where = f"images of {[tuple(batch.shape) for batch in batches]}"
+        raise _disagreement(view, batches, "a file that onnxruntime runs", str(error), where) from error
+
+    # 2. Is it what the detector finds?
+    gaps = []
+    for batch, outputs, images in zip(batches, found, known, strict=True):
+        rows = zip(*map(torch.from_numpy, outputs), images, strict=True)
+        for i, (boxes, scores, labels, prediction) in enumerate(rows):
+            gap = difference(
+                Detection(boxes=boxes, scores=scores, labels=labels),
+                prediction,
+                score_tolerance=score_tolerance,
+                box_tolerance=box_tolerance,
+            )
+            if gap.fault:
+                where = f"image {i} of {tuple(batch.shape)}"
+                raise _disagreement(view, batches, "the detections of the detector", gap.fault, where)
+            gaps.append(gap)
+    return max(gap.scores for gap in gaps), max(gap.boxes for gap in gaps)
+
+
+def _disagreement(view: TensorDetector, batches: Sequence[Tensor], expected: str, got: str, where: str) -> ExportError:
+    """Build the error of a file that finds something else, with its reason as far as it can be seen."""
+    fix = "look for Python numbers, caches or branches that depend on the image in the adapter; differences just above "
+    fix += "the tolerance are rounding: raise it"
+    if len({batch.shape[2:] for batch in batches}) > 1 and (line := _line_that_counts(view, batches[0])):
+        where += f"; {line}"
+        fix = "len(level) is a Python number, which tracing bakes into the file: write "
+        fix += "level.height * level.width * level.anchors there, or export with a fixed image_size"
+    return ExportError(expected=expected, got=got, where=f"export_onnx, {where}", fix=fix)
+
+
+def _line_that_counts(view: TensorDetector, batch: Tensor) -> str:
+    """Find the line of an adapter's own code that asks a level for its length; empty if none does."""
+    lines: list[str] = []
+    length = GridLevel.__len__
+
+    def noted(level: GridLevel) -> int:
+        caller = inspect.stack(context=0)[1]
+        if Path(__file__).parents[1] not in Path(caller.filename).parents:
+            lines.append(f"{Path(caller.filename).name}, line {caller.lineno}, in {caller.function}")
+        return length(level)
+
+    with mock.patch.object(GridLevel, "__len__", noted):
+        predict(view, batch)
+    return next(iter(lines), "")
+
+
+def validate_tracing_mode(view: TensorDetector, batch: Tensor, known: Sequence[Prediction]) -> None:
+    """Raise `ExportError` if a detector predicts something else as soon as it is told that it is being exported."""
+    for module, name in _TRACING:
+        with mock.patch.object(module, name, return_value=True):
+            found = predict(view, batch)
+        for a, b in zip(found, known, strict=True):
+            if any(
+                x.shape != y.shape or not torch.allclose(x, y, rtol=1e-4, atol=1e-4, equal_nan=True)
+                for x, y in ((a.boxes, b.boxes), (a.scores, b.scores))
+            ):
+                raise ExportError(
+                    expected="the same predictions while exporting",
+                    got=f"others as soon as {module.__name__}.{name}() is true",
+                    where=type(view.adapter).__name__,
+                    fix=f"remove the branch on {name} in the detector, or override it in the adapter",
+                )

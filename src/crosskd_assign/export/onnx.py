@@ -22,15 +22,13 @@ from ..detectors import Probe, probe_detector
 from ..distillation import Distiller
 from ..end_to_end import EndToEndDetector
 from ..errors import CrossKDError, ExportError, ImageError, OptionError
-from ..structures import Detection
 from ..validation import validate_images, validate_option
 from ..version import __version__
-from .compare import Prediction, difference, predict
+from .compare import OUTPUTS, compare_file, predict, validate_tracing_mode
 from .tensor_detector import Preprocessing, TensorDetector
 
 __all__ = ["ExportReport", "export_onnx"]
 
-_OUTPUTS = ("boxes", "scores", "labels")
 _PACKAGES = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")  # the third comes with the second
 _OLDEST_TORCH = (2, 9)
 _LARGEST = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB
@@ -130,6 +128,7 @@ def export_onnx(
     # 2. What it predicts on images to check with.
     batches = _batches(view, probe, image_size, batch_size, images)
     known = [predict(view, batch) for batch in batches]
+    validate_tracing_mode(view, batches[0], known[0])
     predicted = known[0][0].scores  # (A, C)
 
     # 3. The graph, described.
@@ -142,7 +141,7 @@ def export_onnx(
     unchecked = path.with_name(f".{path.name}.{os.getpid()}.unchecked")
     try:
         packages["onnx_ir"].save(model, unchecked)
-        gaps = _compare(packages["onnxruntime"], unchecked, batches, known, score_tolerance, box_tolerance)
+        gaps = compare_file(packages["onnxruntime"], unchecked, view, batches, known, score_tolerance, box_tolerance)
         unchecked.replace(path)
     finally:
         unchecked.unlink(missing_ok=True)
@@ -247,58 +246,6 @@ def _made_up(count: int, height: int, width: int, generator: torch.Generator) ->
     return torch.stack(smooth).mul(torch.tensor([0.5, 0.3, 0.2]).view(3, 1, 1, 1, 1)).sum(dim=0)
 
 
-def _compare(
-    onnxruntime: Any,
-    path: Path,
-    batches: Sequence[Tensor],
-    known: Sequence[Sequence[Prediction]],
-    score_tolerance: float,
-    box_tolerance: float,
-) -> tuple[float, float]:
-    """Largest difference of a score and of a box between file and detector.
-
-    Raises:
-        ExportError: It is no rounding, or the file does not run.
-    """
-    fix = "look for Python numbers, caches or branches that depend on the image in the adapter; differences just above "
-    fix += "the tolerance are rounding: raise it"
-
-    # 1. What onnxruntime finds.
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised, too
-    try:
-        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        found = [session.run(_OUTPUTS, {"images": batch.numpy()}) for batch in batches]
-    except Exception as error:  # onnxruntime has a dozen types
-        raise ExportError(
-            expected="a file that onnxruntime runs",
-            got=str(error),
-            where=f"export_onnx, images of {[tuple(batch.shape) for batch in batches]}",
-            fix=fix,
-        ) from error
-
-    # 2. Is it what the detector finds?
-    gaps = []
-    for batch, outputs, images in zip(batches, found, known, strict=True):
-        rows = zip(*map(torch.from_numpy, outputs), images, strict=True)
-        for i, (boxes, scores, labels, prediction) in enumerate(rows):
-            gap = difference(
-                Detection(boxes=boxes, scores=scores, labels=labels),
-                prediction,
-                score_tolerance=score_tolerance,
-                box_tolerance=box_tolerance,
-            )
-            if gap.fault:
-                raise ExportError(
-                    expected="the detections of the detector",
-                    got=gap.fault,
-                    where=f"export_onnx, image {i} of {tuple(batch.shape)}",
-                    fix=fix,
-                )
-            gaps.append(gap)
-    return max(gap.scores for gap in gaps), max(gap.boxes for gap in gaps)
-
-
 # --- the graph --------------------------------------------------------------------------------------------------------
 
 
@@ -331,9 +278,9 @@ def _trace(view: TensorDetector, probe: Probe, size: tuple[int, int] | None, bat
     shapes = {"images": batch | open_size}
     module: nn.Module = view
     arguments: tuple[Tensor, ...] = (images,)
-    outputs: tuple[str, ...] = _OUTPUTS
+    outputs: tuple[str, ...] = OUTPUTS
     if cut:
-        module, arguments, outputs = _Halves(view), (images, torch.zeros_like(images)), ("prepared", *_OUTPUTS)
+        module, arguments, outputs = _Halves(view), (images, torch.zeros_like(images)), ("prepared", *OUTPUTS)
         shapes["canvas"] = batch | {2: rows, 3: columns}
 
     # 2. The graph.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from ..errors import CrossKDError
 from ..structures import Batch, DensePredictions, Target
 from .report import AdapterCheck, Finding, wrong
 
-__all__ = ["Check", "Examination", "check", "close", "fields", "first_line", "untouched"]
+__all__ = ["Check", "Examination", "check", "close", "fields", "first_line", "made_up_target", "reachable", "untouched"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Examination:
     @classmethod
     def of(cls, adapter: DetectorAdapter, images: Sequence[Tensor], targets: Sequence[Target] | None) -> Self:
         """Begin with copies; a single image is mirrored, to have two."""
-        used = [_made_up_target(image) for image in images] if targets is None else list(targets)
+        used = [made_up_target(image) for image in images] if targets is None else list(targets)
         copies = [image.clone() for image in images]
         moved: list[Target] = [{**target, "boxes": target["boxes"].clone()} for target in used]
         if len(copies) == 1:
@@ -128,9 +128,20 @@ class Examination:
             return self.adapter.features(self.batch)
 
     @property
-    def maps_of_two(self) -> list[Tensor]:
-        """The maps of the first two images. Not of one: a norm of a single point would fail."""
-        return [x[:2] for x in self.maps]
+    def few(self) -> int:
+        """How many images a pass needs: one, or two where a map is a single point, of which norms refuse one."""
+        return 1 if all(x.shape[-2:].numel() > 1 for x in self.maps) else 2
+
+    @property
+    def small_batch(self) -> Batch:
+        """The first image or two, a copy each time."""
+        b, n = self.preprocessed[0], self.few
+        return Batch(b.images[:n].clone(), b.sizes[:n], b.original_sizes[:n])
+
+    @property
+    def small_maps(self) -> list[Tensor]:
+        """The maps of the first image or two."""
+        return [x[: self.few] for x in self.maps]
 
     @cached_property
     def predictions(self) -> DensePredictions:
@@ -142,6 +153,35 @@ class Examination:
     def probe(self) -> Probe:
         """What a blank image tells of the detector."""
         return probe_detector(self.adapter)
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def wake(self) -> None:
+        """Stir the smallest weights of a head whose predictions hardly depend on its maps.
+
+        Many heads start with output convolutions that are zero or tiny; nothing can be seen in what they predict.
+        `untouched` brings the weights back.
+        """
+        # 1. Do logits and boxes change with the maps?
+        maps = self.small_maps
+        plain, changed = self.head(maps), self.head([x + (x.std() + 0.1) * torch.randn_like(x) for x in maps])
+        boxes = (changed.boxes - plain.boxes) / plain.strides[:, None]
+        if all(float(x.abs().nan_to_num().mean()) > 1e-2 for x in (changed.logits - plain.logits, boxes)):
+            return
+
+        # 2. Stir what is far smaller than layers are that keep the size of what goes through them.
+        with untouched(self.adapter):
+            self.adapter.requires_grad_(True)
+            predictions = self.adapter.head([x.clone() for x in maps], self.image_size)
+            reached = reachable([predictions.logits, predictions.boxes])
+        for parameter in self.adapter.parameters():
+            if id(parameter) in reached and parameter.dim() > 1:
+                usual = parameter[0].numel() ** -0.5
+                if float(parameter.square().mean().sqrt()) < 0.5 * usual:
+                    parameter.add_(usual * torch.randn_like(parameter))
+        for name in ("maps", "predictions"):
+            vars(self).pop(name, None)
 
     # --- what it returns for something else, in its present mode ------------------------------------------------------
 
@@ -156,7 +196,7 @@ class Examination:
         return self.head(self.adapter.features(batch), batch.image_size)
 
 
-def _made_up_target(image: Tensor) -> Target:
+def made_up_target(image: Tensor) -> Target:
     """Make up one box of label 0 in the middle of an image."""
     height, width = image.shape[-2:]
     box = image.new_tensor([[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]], dtype=torch.float32)
@@ -184,6 +224,20 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     a, b = a.double(), b.double()
     magnitude = float(b.nan_to_num(posinf=0, neginf=0).abs().mean()) + 1e-6
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * magnitude, equal_nan=True)
+
+
+def reachable(outputs: Collection[Tensor]) -> set[int]:
+    """List by identity the leaves that outputs have a gradient to, without computing it."""
+    seen: set[Any] = set()
+    leaves = {id(x) for x in outputs if x.requires_grad and x.grad_fn is None}
+    nodes: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            leaves |= {id(leaf) for leaf in [getattr(node, "variable", None)] if leaf is not None}
+            nodes += [following for following, _ in node.next_functions if following is not None]
+    return leaves
 
 
 # --- exceptions -------------------------------------------------------------------------------------------------------

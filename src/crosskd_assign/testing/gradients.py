@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +13,28 @@ from ..detectors.base import PARTS
 from ..end_to_end import EndToEndDetector
 from ..structures import DensePredictions
 from ..validation import describe
-from .examination import Examination, check, untouched
+from .examination import Examination, check, made_up_target, reachable, untouched
 from .report import Finding, wrong
 
 __all__ = ["gradient", "modes", "parts", "unused_parameters"]
 
 
-@check("training mode", after=("head", "arguments"), hint="return the same in training and in evaluation mode")
+@check("training mode", after=("batches",), hint="return the same in training and in evaluation mode")
 @torch.no_grad()
 def modes(exam: Examination) -> Finding:
     """Check that training mode changes no map's shape and no decoding."""
     # 1. The maps.
     _train_without_noise(exam.adapter)
-    maps = exam.adapter.features(exam.batch)
-    if [x.shape for x in maps] != [x.shape for x in exam.maps]:
-        expected, got = (f"{[tuple(x.shape) for x in found]}" for found in (exam.maps, maps))
+    known_maps = exam.small_maps
+    maps = exam.adapter.features(exam.small_batch)
+    if [x.shape for x in maps] != [x.shape for x in known_maps]:
+        expected, got = (f"{[tuple(x.shape) for x in found]}" for found in (known_maps, maps))
         where, fix = f"{exam.name}.features() in training mode", "return the same pyramid in both modes"
         return wrong(f"the maps {expected}", got, where=where, fix=fix)
 
     # 2. The predictions on the same maps.
-    where, known = f"{exam.name}.head() in training mode", exam.predictions.boxes
-    trained: object = exam.head(exam.maps)
+    where, known = f"{exam.name}.head() in training mode", exam.predictions.boxes[: exam.few]
+    trained: object = exam.head(known_maps)
     if not isinstance(trained, DensePredictions):
         return wrong("DensePredictions in both modes", type(trained).__name__, where=where, fix="decode in both modes")
     expected = "the boxes of evaluation mode"
@@ -58,12 +59,12 @@ def _train_without_noise(adapter: DetectorAdapter) -> None:
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-@check("gradient", after=("head", "training mode"))
+@check("gradient", after=("training mode",))
 def gradient(exam: Examination) -> Finding:
     """Check that gradients flow from logits and boxes to every map, and from every map to the network."""
     # 1. From predictions to maps.
     _train_without_noise(exam.adapter)
-    leaves = [x.detach().clone().requires_grad_() for x in exam.maps]
+    leaves = [x.detach().clone().requires_grad_() for x in exam.small_maps]
     predictions = exam.adapter.head([x.clone() for x in leaves], exam.image_size)  # in-place heads may not edit leaves
     silent: list[str] = []
     for field, value in (("logits", predictions.logits), ("boxes", predictions.boxes)):
@@ -114,26 +115,19 @@ def _features_do_not_learn(exam: Examination) -> Finding | None:
     if not weights:
         return None
     where, fix = f"{exam.name}.features()", "let no no_grad, detach or inference_mode into features()"
-    maps, expected = exam.adapter.features(exam.batch), "maps with a gradient to the network's parameters"
+    maps, expected = exam.adapter.features(exam.small_batch), "maps with a gradient to the network's parameters"
     for i, x in enumerate(maps):
         if not x.requires_grad:
             return wrong(expected, "none at all", where=f"{where}[{i}]", fix=fix)
-    if not _reaches(maps, weights):
+    if reachable(maps).isdisjoint(map(id, weights)):
         return wrong(expected, "none to any of them", where=where, fix="run self.model in features()")
     return None
-
-
-def _reaches(outputs: Iterable[Tensor], parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether outputs depend on one of these parameters."""
-    total = torch.stack([x.sum() for x in outputs]).sum()
-    grads = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
-    return any(grad is not None for grad in grads)
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
-@check("unused parameters", after=("head", "finite", "training mode", "gradient"))
+@check("unused parameters", after=("finite", "gradient"))
 def unused_parameters(exam: Examination) -> Finding:
     """Check that `unused_parameters` lists exactly what one-to-one training leaves without a gradient."""
     # 1. What is listed is the model's.
@@ -150,13 +144,18 @@ def unused_parameters(exam: Examination) -> Finding:
     if len(trainable) == len(declared):
         return Finding("skipped", "no parameter is trainable")
     with untouched(adapter):
-        reached = _reached(exam, trainable)
+        reached, quality = _reached(exam, trainable)
 
     # 3. Nothing is missing in the list, and nothing is too much.
     idle = [names[id(p)] for p in trainable if id(p) not in reached and not any(p is d for d in declared)]
     if idle:
         expected, got = "a gradient for every parameter that is not declared unused", f"none for {_few(idle)}"
         fix = "return them there, or DistributedDataParallel stops in the second step; or make the model use them"
+        if any(id(p) in quality for p in trainable if names[id(p)] in idle):
+            fix = (
+                "if quality is an objectness, give logits=functional.product_logits(logits, objectness[..., None]) and "
+            )
+            fix += "no quality; if it is a centerness or an IoU, return its parameters there"
         return wrong(expected, got, where=where, fix=fix)
     busy = [names[id(p)] for p in declared if id(p) in reached]
     if busy:
@@ -165,17 +164,16 @@ def unused_parameters(exam: Examination) -> Finding:
     return Finding("ok", f"all parameters learn{f' but the {len(declared)} declared unused' if declared else ''}")
 
 
-def _reached(exam: Examination, trainable: list[nn.Parameter]) -> set[int]:
-    """List by identity which of these parameters a step of one-to-one training gives a gradient."""
-    channels = exam.predictions.num_classes
-    targets = [{**target, "labels": target["labels"].clamp(0, channels - 1)} for target in exam.targets]
-    detector = EndToEndDetector(exam.adapter)
+def _reached(exam: Examination, trainable: list[nn.Parameter]) -> tuple[set[int], set[int]]:
+    """List by identity what a step of one-to-one training gives a gradient, and what quality would give one."""
+    detector = EndToEndDetector(exam.adapter).train()
     for parameter in trainable:
         parameter.requires_grad_(True)  # the detector has frozen those that are declared
-    losses = detector.train()(exam.images, targets)
-    total = torch.stack(list(losses.values())).sum()
-    grads = torch.autograd.grad(total, trainable, allow_unused=True)
-    return {id(p) for p, grad in zip(trainable, grads, strict=True) if grad is not None}
+    run = detector.run(exam.images, [made_up_target(image) for image in exam.images])
+    targets = [target for target in run.targets if target is not None]  # all of them: they were made up
+    losses = detector.loss(run.predictions, targets, detector.assigner(run.predictions, targets))
+    quality = run.predictions.quality
+    return reachable(losses.values()), set() if quality is None else reachable([quality])
 
 
 def _few(names: list[str]) -> str:
@@ -222,9 +220,10 @@ def _runs(exam: Examination, name: str, weights: Sequence[nn.Parameter]) -> bool
     """Whether the maps depend on parameters of a backbone or neck, or the predictions on those of a head."""
     with untouched(exam.adapter):
         exam.adapter.requires_grad_(True)
-        outputs = exam.adapter.features(exam.batch)
         if name == "head":
-            predictions = exam.adapter.head([x.detach().clone() for x in exam.maps], exam.image_size)
+            predictions = exam.adapter.head([x.detach().clone() for x in exam.small_maps], exam.image_size)
             outputs = [predictions.logits, predictions.boxes]
-        outputs = [x for x in outputs if x.requires_grad]
-        return not outputs or _reaches(outputs, weights)
+        else:
+            outputs = exam.adapter.features(exam.small_batch)
+        reached = reachable(outputs)
+        return not reached or not reached.isdisjoint(map(id, weights))

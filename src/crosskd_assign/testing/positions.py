@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..structures import DensePredictions
+from ..symptoms import symptom_of_levels
 from .examination import Examination, check, fields
 from .report import Finding, wrong
 
@@ -56,7 +57,7 @@ def _distinct(x: Tensor) -> list[float]:
 # --- points -----------------------------------------------------------------------------------------------------------
 
 
-@check("points", after=("features", "head", "strides"))
+@check("points", after=("strides",))
 def points(exam: Examination) -> Finding:
     """Check that points cover the image in steps of their strides, and that strides are those of the maps."""
     # 1. The strides.
@@ -81,13 +82,22 @@ def points(exam: Examination) -> Finding:
         xy = predictions.points[level.members].double()
         for axis, name, extent in ((0, "x", width), (1, "y", height)):
             place = f"{where}, {name} at stride {level.declared:g}"
-            if fault := _off_the_grid(xy[:, axis], level.stride[axis], extent, place):
+            steps = sorted((level.stride[axis], exam.probe.strides[level.index]))
+            if fault := _off_the_grid(xy[:, axis], steps, extent, place):
                 return fault
-    return Finding("ok", "points cover the image in steps of their strides")
+    covered = "points cover the image in steps of their strides"
+    if symptom := symptom_of_levels(predictions):
+        return Finding("note", f"{covered}; levels are {symptom.got}: {symptom.fix}")
+    return Finding("ok", covered)
 
 
-def _off_the_grid(values: Tensor, stride: float, extent: int, where: str) -> Finding | None:
-    """Find out what is wrong with one coordinate of the points of one level."""
+def _off_the_grid(values: Tensor, steps: list[float], extent: int, where: str) -> Finding | None:
+    """Find out what is wrong with one coordinate of the points of one level.
+
+    Its ``steps`` are the stride on these images and on blank ones, the smaller first: where a map reaches over the
+    edge of its image, the two differ.
+    """
+    stride, most = steps
     distinct = _distinct(values)
     step = statistics.median(b - a for a, b in itertools.pairwise(distinct)) if len(distinct) > 1 else stride
     low, high = distinct[0], distinct[-1]
@@ -96,9 +106,9 @@ def _off_the_grid(values: Tensor, stride: float, extent: int, where: str) -> Fin
         got, fix = f"{low:.3g}…{high:.3g}, which looks like fractions", "multiply by the image's size"
     elif abs(step - 1) < 0.1 and stride > 1.6:
         got, fix = f"{low:g}…{high:g} in steps of 1, which looks like cells", "multiply by the stride"
-    elif not 0.6 * stride < step < 1.6 * stride:
+    elif not 0.6 * stride < step < 1.6 * most:
         got, fix = f"steps of {step:.3g}", grid
-    elif low < -stride or high > extent + stride or high - low < 0.5 * (extent - 2 * stride):
+    elif low < -most or high > extent + most or high - low < 0.5 * (extent - 2 * most):
         got, fix = f"{low:.3g}…{high:.3g}", f"x comes first, then y; {grid}"
     else:
         return None
@@ -115,15 +125,15 @@ ORDER_FIXES = {
 }
 
 
-@check("order", after=("features", "head", "strides", "finite", "points"))
+@check("order", after=("strides", "finite", "points", "batches"))
 @torch.no_grad()
 def order(exam: Examination) -> Finding:
     """Check that a changed cell of a map changes predictions of points near it, and of no other level."""
     # 1. Change one map after the other: do the predictions of its level change?
-    plain = exam.head(exam.maps_of_two)
+    plain = exam.head(exam.small_maps)
     levels = levels_of(exam, plain)
     for level in levels:
-        changed = exam.maps_of_two
+        changed = exam.small_maps
         changed[level.index] = changed[level.index] + torch.randn_like(changed[level.index]) * _noise(exam.maps, level)
         if fault := _wrong_level(exam, level, _changes(plain, exam.head(changed)), plain.strides):
             return fault
@@ -181,7 +191,7 @@ def _distances(exam: Examination, plain: DensePredictions, levels: list[Level]) 
         Mean distances; 1 for changes anywhere on the level.
     """
     found: dict[str, dict[str, list[float]]] = {}
-    for corner in CORNERS:
+    for corner in CORNERS[1:3]:  # bottom left and top right: every other order takes one elsewhere
         # 1. Change a cell near this corner of every map, twice, lest one direction meets a ReLU that is shut.
         cells = {level.index: _cell(level, corner) for level in levels}
         once, again = (_changes(plain, exam.head(_with_changed_cells(exam, levels, cells))) for _ in (1, 2))
@@ -206,8 +216,8 @@ def _cell(level: Level, corner: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _with_changed_cells(exam: Examination, levels: list[Level], cells: dict[int, tuple[int, int]]) -> list[Tensor]:
-    """Copy the maps of two images with strong noise in one cell of each level."""
-    changed = [x.clone() for x in exam.maps_of_two]
+    """Copy the maps with strong noise in one cell of each level."""
+    changed = [x.clone() for x in exam.small_maps]
     for level in levels:
         row, column = cells[level.index]
         cell = changed[level.index][:, :, row, column]
@@ -255,13 +265,13 @@ ORIENTATIONS: dict[str, Callable[[int, int], tuple[int, int]]] = {
 }
 
 
-@check("places", after=("features", "head", "strides", "finite", "points", "order"))
+@check("places", after=("order",))
 @torch.no_grad()
 def places(exam: Examination) -> Finding:
     """Check that a change in a corner of the image changes predictions towards that corner."""
     # 1. The points of the finest level that lie on the first image, as shares of its size.
-    plain = exam.predict(exam.batch)
-    height, width = exam.batch.sizes[0]
+    plain = exam.predict(exam.small_batch)
+    height, width = exam.small_batch.sizes[0]
     finest = min(levels_of(exam, plain), key=lambda level: max(level.stride), default=None)
     if finest is None or min(height / finest.stride[1], width / finest.stride[0]) < SMALLEST:
         return Finding(
@@ -273,7 +283,7 @@ def places(exam: Examination) -> Finding:
     # 2. Change one corner of the image after the other: towards which corner of the predictions do they change?
     towards = dict.fromkeys(ORIENTATIONS, 0.0)
     for x, y in CORNERS:
-        changed = exam.batch
+        changed = exam.small_batch
         patch = changed.images[0, :, _third(height, y), _third(width, x)]
         patch.copy_(1 - patch.round())
         weight = _changes(plain, exam.predict(changed))["logits"][shown].square()

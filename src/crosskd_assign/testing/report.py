@@ -55,11 +55,17 @@ class AdapterCheck(Finding):
         name: Name of the check.
 
     Example:
-        >>> AdapterCheck(name="finite", outcome="ok", sentence="all values are finite").outcome
-        'ok'
+        >>> print(AdapterCheck(name="finite", outcome="ok", sentence="all values are finite"))
+          ok      finite             all values are finite
     """
 
     name: str
+
+    def __str__(self) -> str:
+        """Format the lines of a report, a problem in capitals."""
+        outcome = self.outcome.upper() if self.outcome == "wrong" else self.outcome
+        start = f"  {outcome:8}{self.name:18} "
+        return textwrap.fill(self.sentence, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,7 @@ class AdapterReport:
             raise DetectorError(str(self))
 
     def __str__(self) -> str:
-        """Format a line for every check, problems in capitals."""
+        """Format a line for every check."""
         count = len(self.problems)
-        lines = [f"{self.adapter}: {len(self.checks)} checks, {count or 'no'} problem{'' if count == 1 else 's'}"]
-        for check in self.checks:
-            outcome = check.outcome.upper() if check.outcome == "wrong" else check.outcome
-            start = f"  {outcome:8}{check.name:18} "
-            lines += textwrap.wrap(check.sentence, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
-        return "\n".join(lines)
+        first = f"{self.adapter}: {len(self.checks)} checks, {count or 'no'} problem{'' if count == 1 else 's'}"
+        return "\n".join([first, *map(str, self.checks)])

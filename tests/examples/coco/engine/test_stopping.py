@@ -111,7 +111,7 @@ def data(scenes_folder, tmp_path_factory) -> Path:
     folder = Path(shutil.copytree(scenes_folder, tmp_path_factory.mktemp("other") / "data")) / "annotations"
     for split in ("train", "val"):
         document = json.loads((folder / f"instances_{split}.json").read_text())
-        images, categories, boxes = document["images"], document["categories"], document["annotations"]
+        images, boxes = document["images"], document["annotations"]
         first = {**boxes[0], "bbox": [side + 1 for side in boxes[0]["bbox"]]}
         ids = {image["id"]: image["id"] + 100 for image in images}
         for name, change in {

@@ -1,0 +1,185 @@
+"""The first training step warns, once, of what looks wrong, and of nothing that is right."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from crosskd_assign import CrossHeadDistiller, DetectorAdapter, EndToEndDetector
+from crosskd_assign.structures import Target
+from crosskd_assign.symptoms import (
+    symptom_of_images,
+    symptom_of_logits,
+    symptom_of_quality,
+    symptom_of_targets,
+    worst_symptom,
+)
+from tests.makers import foreign
+from tests.makers.builders import random_images, tiny_detector
+from tests.makers.small_models import scene, small_fcos, small_retinanet
+
+SIZES = ((64, 64), (64, 64))
+
+
+def messages(model: nn.Module, images: Any, targets: Any, steps: int = 3) -> list[str]:
+    """What some steps of training warn of, in a loop that shows everything."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            model(images, targets)
+    return [str(warning.message) for warning in caught]
+
+
+def foreign_detector(kind: Any, network: Any = foreign.plain_network, levels: int = 3) -> DetectorAdapter:
+    adapter: DetectorAdapter = foreign.seeded(lambda: kind(network(levels), **foreign.ImageNet))
+    return adapter
+
+
+# --- the first step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", foreign.RIGHT)
+def test_a_right_detector_trains_without_a_warning(name):
+    adapter = foreign.seeded(foreign.RIGHT[name])
+    said = messages(EndToEndDetector(adapter), *scene(SIZES), steps=1)
+    assert [re.sub("but got none.*", "", text) for text in said] == (
+        ["Expected levels, with which the points of a box are found by arithmetic, "] if name == "built by hand" else []
+    )
+
+
+def in_fractions(targets: list[Target]) -> list[Target]:
+    return [{**target, "boxes": target["boxes"] / 64} for target in targets]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        (foreign.SigmoidInTheHead, None, r"looks like probabilities.*before the sigmoid"),
+        (foreign.LogSoftmaxInTheHead, None, r"logarithms of a softmax"),
+        (foreign.ByHand, None, r"none, which makes assignment 40 to 390 times slower"),
+        (foreign.Plain, lambda x, t: ([255 * i for i in x], t), r"pixels in 0…1, but got 0…255.*divide by 255"),
+        (foreign.Plain, lambda x, t: ([(i - 0.45) / 0.22 for i in x], t), r"looks normalised already"),
+        (foreign.Plain, lambda x, t: (x, in_fractions(t)), r"looks like fractions of the image"),
+        # Of two, the worse: with pixels of another range nothing else can be judged.
+        (foreign.SigmoidInTheHead, lambda x, t: ([255 * i for i in x], in_fractions(t)), r"pixels in 0…1"),
+    ],
+)
+def test_the_first_step_warns_once_of_the_worst(kind, change, words):
+    images, targets = scene(SIZES)
+    if change is not None:
+        images, targets = change(images, targets)
+    detector = EndToEndDetector(foreign_detector(kind))
+    (said,) = messages(detector, images, targets)
+    assert re.search(words, said), said
+    assert said.endswith("check_adapter tells more.")
+    assert messages(copy.deepcopy(detector), images, targets) == []
+    assert len(messages(EndToEndDetector(foreign_detector(kind)), images, targets)) == 1
+
+
+def test_other_ranks_and_evaluation_say_nothing(monkeypatch):
+    images, targets = scene(SIZES)
+    images = [255 * x for x in images]
+    detector = EndToEndDetector(tiny_detector())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector.eval()(images)
+    monkeypatch.setattr("crosskd_assign.symptoms.is_first_rank", lambda: False)
+    assert messages(detector.train(), images, targets) == []
+
+
+def test_a_look_changes_no_loss_and_no_random_number():
+    images, targets = scene(SIZES)
+    first, second = EndToEndDetector(small_fcos()), EndToEndDetector(small_fcos())
+    second.first_look.done = True
+    outcomes = []
+    for detector in (first, second):
+        torch.manual_seed(0)  # torchvision draws a size
+        outcomes.append((detector(images, targets), torch.get_rng_state()))
+    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=0, atol=0)
+
+
+def test_a_distiller_warns_of_its_teacher_too():
+    images, targets = scene(SIZES)
+    unsure = CrossHeadDistiller(small_fcos(1), small_retinanet(2, confidence=0.01, levels=5))
+    with torch.no_grad():
+        unsure.teacher.model.head.classification_head.cls_logits.bias.fill_(-12)
+    (said,) = messages(unsure, images, targets)
+    assert re.search(r"a teacher with scores above 0\.05, but got none above .*load its trained weights", said)
+
+    squashed = CrossHeadDistiller(small_fcos(1), foreign_detector(foreign.SigmoidInTheHead))
+    (said,) = messages(squashed, images, targets)
+    assert "looks like probabilities" in said
+
+    both = CrossHeadDistiller(foreign_detector(foreign.ByHand), unsure.teacher)
+    assert len(messages(both, images, targets)) == 2
+    assert messages(CrossHeadDistiller(small_fcos(1), small_fcos(2)), images, targets) == []
+
+
+# --- what is right, and nearly wrong ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x, lambda x: 1.15 * x - 0.1, lambda x: 0 * x, lambda x: 0 * x + 1, lambda x: x * float("nan")],
+    ids=["pixels", "overshooting", "black", "white", "NaN"],
+)
+def test_images_of_right_range_are_no_symptom(change):
+    assert symptom_of_images([change(x) for x in random_images(3)]) is None
+
+
+def boxes(*rows: tuple[float, ...]) -> list[Target]:
+    return [{"boxes": torch.tensor(rows).reshape(-1, 4), "labels": torch.zeros(len(rows), dtype=torch.int64)}]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        boxes(),
+        [None],
+        boxes((0, 0, 64, 48)),
+        boxes((2, 3, 5, 4)),  # a small object near the origin
+        boxes((-20, -3, 30, 40)),  # cropped without clipping
+        boxes((50, 30, 76.5, 60)),
+        boxes((1, 1, 9, 9), (8, 8, 20, 20), (30, 2, 20, 9)),  # one bad box, which the assigner names
+        boxes((1, float("nan"), 9, 9)),
+    ],
+    ids=range(8),
+)
+def test_targets_of_right_form_are_no_symptom(targets):
+    assert symptom_of_targets(targets, [(48, 64)]) is None
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize(
+    ("bias", "spread"),
+    [(-4.6, 0.0), (-4.6, 1e-3), (-4.6, 1.0), (0.0, 0.0), (0.0, 1e-3), (0.0, 1.0), (0.5, 0.0), (0.5, 1.0), (3.0, 1e-3)],
+)
+def test_logits_of_fresh_heads_are_no_symptom(classes, bias, spread):
+    logits = torch.full((2, 84, classes), bias) + spread * torch.randn(2, 84, classes)
+    assert symptom_of_logits(logits) is None
+    assert symptom_of_logits(logits + float("nan")) is None
+
+
+@pytest.mark.parametrize("confidence", [0.01, 0.1, 0.3])
+def test_a_centerness_is_no_objectness(confidence):
+    adapter = EndToEndDetector(small_fcos(confidence=confidence)).adapter.eval()
+    batch, _ = adapter.preprocess(scene(SIZES)[0])
+    predictions = adapter.head(adapter.features(batch), batch.image_size)
+    assert predictions.quality is not None
+    assert symptom_of_quality(predictions) is None
+
+
+def test_the_look_is_at_one_pass_as_training_makes_it():
+    images, targets = scene(((96, 150), (64, 90)))
+    detector = EndToEndDetector(small_fcos())
+    run = detector.run(images, targets)
+    assert worst_symptom(run) is None
+    squashed = replace(run.predictions, logits=run.predictions.logits.sigmoid())
+    assert "probabilities" in str(worst_symptom(replace(run, predictions=squashed)))
