@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Literal, TypeAlias
 
+from coco_example.data.values import shown
 from coco_example.errors import DataError
 
 __all__ = ["Split", "find_pictures", "locate_split"]
@@ -143,11 +144,11 @@ def find_pictures(folder: Path, names: Sequence[str], file: Path) -> list[Path]:
         if path is None and outside[n]:
             raise DataError(
                 expected=f"file_name to stay inside {folder}",
-                got=repr(names[n]),
+                got=shown(names[n]),
                 where=f"images[{n}] of {file}",
                 fix="make it relative to that folder",
             )
-    missing = [name for name, path in zip(names, found, strict=True) if path is None]
+    missing = [f"{name:.100}" for name, path in zip(names, found, strict=True) if path is None]
     if missing:
         raise DataError(
             expected="every image to be on disk",
