@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from coco_example.data.pictures import read_picture
+from coco_example.data.pictures import is_picture, read_picture
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, on_cpu
 from coco_example.evaluation.onnx_detector import OnnxDetector
@@ -36,8 +36,6 @@ __all__ = ["find_images", "main", "picture_paths", "read_image"]
 
 Detect: TypeAlias = Callable[[Sequence[Tensor]], list[Detection]]
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """List image files among ``paths``, and those in the folders among them that are not hidden, sorted in each.
@@ -49,15 +47,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise RunError(expected="pictures or folders", got="nothing there", where=f"{path}", fix="check the path")
-        found += [path] if path.is_file() else sorted(filter(_is_image, path.iterdir()))
+        found += [path] if path.is_file() else sorted(filter(is_picture, path.iterdir()))
     if not found:
         raise RunError(expected="pictures", got="none", where=", ".join(map(str, paths)), fix="name a folder of images")
     return found
-
-
-def _is_image(path: Path) -> bool:
-    """Whether it is called an image, and not hidden, as the notes that macOS leaves beside files are."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:

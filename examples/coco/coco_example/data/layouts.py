@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Literal, TypeAlias
 
+from coco_example.data.pictures import is_picture
 from coco_example.data.values import shown
 from coco_example.errors import DataError
 
@@ -94,12 +95,13 @@ def _first(*paths: Path) -> Path:
 
 
 def _pictures_beside(file: Path, root: Path, split: Split) -> Path:
-    """Choose the picture folder of an annotation file that was named: by the split's name, or where its export is."""
+    """Choose the picture folder of an annotation file that was named: where its export is, or by the split's name."""
     export = file.parent.parent if file.parent.name == "annotations" else file.parent
-    names = _NAMES[split]
-    folders = [base / part / name for base in (export, root) for part in ("", "images") for name in names]
-    usual = [export / "images" / "default", export / "images", export / "data"]
-    return _first(*(folder for folder in (*folders, *usual, export) if folder.is_dir()), export)
+    places = [f"{part}{name}" for part in ("", "images/") for name in _NAMES[split]]
+    folders = [export / place for place in (*places, "images/default", "images", "data")]
+    if not (export.is_dir() and any(is_picture(path) for path in export.iterdir())):
+        folders += [root / place for place in places]
+    return _first(*(folder for folder in folders if folder.is_dir()), export)
 
 
 def _nothing_there(layouts: Sequence[tuple[Path, Path]], split: Split) -> DataError:
