@@ -22,7 +22,7 @@ from coco_example.data.reader import read_coco
 from coco_example.data.values import Identifier
 from coco_example.evaluation.coco_metrics import coco_results
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, detect, score, table
-from coco_example.files import write_json
+from coco_example.files import write_json, write_whole
 from coco_example.models.saved_model import load_model
 from coco_example.models.teachers import python_detector
 
@@ -103,7 +103,8 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps({"written": str(options.output)}))
     if options.results is not None:
         detections = found.suppressed if detector.ranking == "class_quality" else found.plain
-        write_json(options.results, coco_results(detections, found.image_ids(index), categories))
+        rows = coco_results(detections, found.image_ids(index), categories)
+        write_whole(options.results, json.dumps(rows).encode())  # on one line: there may be millions
         print(json.dumps({"written": str(options.results)}))
 
 

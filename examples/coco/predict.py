@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from coco_example.commands import CommandParser, run_command, say
-from coco_example.data.pictures import read_picture
+from coco_example.data.pictures import is_picture, read_picture
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, on_cpu
 from coco_example.evaluation.onnx_detector import OnnxDetector
@@ -36,8 +36,6 @@ __all__ = ["find_images", "main", "picture_paths", "read_image"]
 
 Detect: TypeAlias = Callable[[Sequence[Tensor]], list[Detection]]
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """List image files among ``paths``, and those in the folders among them that are not hidden, sorted in each.
@@ -49,15 +47,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise RunError(expected="pictures or folders", got="nothing there", where=f"{path}", fix="check the path")
-        found += [path] if path.is_file() else sorted(filter(_is_image, path.iterdir()))
+        found += [path] if path.is_file() else sorted(p for p in path.iterdir() if is_picture(p) and not p.is_dir())
     if not found:
         raise RunError(expected="pictures", got="none", where=", ".join(map(str, paths)), fix="name a folder of images")
     return found
-
-
-def _is_image(path: Path) -> bool:
-    """Whether it is called an image, and not hidden, as the notes that macOS leaves beside files are."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:
@@ -136,7 +129,7 @@ class RowFile:
         """Write one more row."""
         self._file.seek(-2 if self.rows == 0 else -3, os.SEEK_END)
         # A file name that is no text has half a surrogate pair, which JSON has an escape for.
-        text = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
         self._file.write((b"" if self.rows == 0 else b",\n") + text + b"\n]\n")
         self._file.flush()
         self.rows += 1
@@ -147,8 +140,9 @@ class RowFile:
 
 
 def strongest(detection: Detection, threshold: float, top_k: int | None) -> Detection:
-    """Leave out detections that score less than a threshold, and those beyond the ``top_k`` best."""
-    keep = (detection["scores"] >= threshold).nonzero().flatten()[:top_k]
+    """Leave out detections that score less than a threshold, are not finite, or are beyond the ``top_k`` best."""
+    usable = (detection["scores"] >= threshold) & detection["boxes"].isfinite().all(dim=1)
+    keep = usable.nonzero().flatten()[:top_k]
     return {"boxes": detection["boxes"][keep], "scores": detection["scores"][keep], "labels": detection["labels"][keep]}
 
 

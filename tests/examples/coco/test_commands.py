@@ -153,6 +153,7 @@ def test_a_bad_picture_does_not_cost_the_others(student, scenes_folder, tmp_path
     folder = shutil.copytree(scenes_folder / "val", tmp_path / "mine")
     (folder / "000001.png").write_text("no picture")
     Image.fromarray(np.full((30, 40), 1000, np.uint16)).save(folder / "000004.png")
+    (folder / "folder.png").mkdir()
     for name in ("._000000.png", ".hidden.png"):  # what macOS leaves beside a file
         (folder / name).write_text("no picture")
     assert call(predict, "--run", student, "--output", tmp_path / "out", "--batch-size", 3, folder) == 2

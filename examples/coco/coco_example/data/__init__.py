@@ -1,1 +1,1 @@
-"""COCO-format data: reading, loading, augmenting, sampling, and drawing scenes."""
+"""COCO-format data: finding, reading, judging, loading, augmenting, sampling, and drawing scenes."""

@@ -40,7 +40,7 @@ class Category:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.name!r} (id {self.id})"
+        return f"{shown(self.name)} (id {shown(self.id)})"
 
 
 class ImageEntry(NamedTuple):

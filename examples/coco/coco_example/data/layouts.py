@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Literal, TypeAlias
 
+from coco_example.data.pictures import is_picture
+from coco_example.data.values import shown
 from coco_example.errors import DataError
 
 __all__ = ["Split", "find_pictures", "locate_split"]
@@ -93,12 +95,13 @@ def _first(*paths: Path) -> Path:
 
 
 def _pictures_beside(file: Path, root: Path, split: Split) -> Path:
-    """Choose the picture folder of an annotation file that was named: by the split's name, or where its export is."""
+    """Choose the picture folder of an annotation file that was named: where its export is, or by the split's name."""
     export = file.parent.parent if file.parent.name == "annotations" else file.parent
-    names = _NAMES[split]
-    folders = [base / part / name for base in (export, root) for part in ("", "images") for name in names]
-    usual = [export / "images" / "default", export / "images", export / "data"]
-    return _first(*(folder for folder in (*folders, *usual, export) if folder.is_dir()), export)
+    places = [f"{part}{name}" for part in ("", "images/") for name in _NAMES[split]]
+    folders = [export / place for place in (*places, "images/default", "images", "data")]
+    if not (export.is_dir() and any(is_picture(path) for path in export.iterdir())):
+        folders += [root / place for place in places]
+    return _first(*(folder for folder in folders if folder.is_dir()), export)
 
 
 def _nothing_there(layouts: Sequence[tuple[Path, Path]], split: Split) -> DataError:
@@ -143,11 +146,11 @@ def find_pictures(folder: Path, names: Sequence[str], file: Path) -> list[Path]:
         if path is None and outside[n]:
             raise DataError(
                 expected=f"file_name to stay inside {folder}",
-                got=repr(names[n]),
+                got=shown(names[n]),
                 where=f"images[{n}] of {file}",
                 fix="make it relative to that folder",
             )
-    missing = [name for name, path in zip(names, found, strict=True) if path is None]
+    missing = [f"{name:.100}" for name, path in zip(names, found, strict=True) if path is None]
     if missing:
         raise DataError(
             expected="every image to be on disk",

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from coco_example.errors import DataError, first_line
 
-__all__ = ["check_pictures", "read_picture"]
+__all__ = ["check_pictures", "is_picture", "read_picture"]
+
+_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 # Pillow refuses large pictures lest a small file fill the memory. Here the header has to agree with the annotated size
 # before a pixel is decoded; a picture without one must stay below Pillow's own limit.
@@ -25,6 +27,11 @@ Image.MAX_IMAGE_PIXELS = None
 
 _THREADS = 8  # reading headers waits for the disk, and decoding leaves Python free
 _HUGE = 50_000_000  # pixels; several at a time might fill the memory
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is called a picture, and is not hidden, as the notes that macOS leaves beside files are."""
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
 
 
 def read_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from coco_example.errors import DataError
 
 __all__ = ["judge_boxes", "judge_pictures", "judge_splits"]
 
+_FAR = 1e12  # pixels, beyond any picture
 _LARGE = 0.1  # share of boxes from which on something is likely wrong
 
 
@@ -100,10 +101,10 @@ def judge_pictures(index: CocoIndex, *, decode: bool = False, limit: int | None 
 def _suspicion(content: Annotations) -> str:
     """Name the likely cause of boxes that do not fit their pictures, if there is one."""
     # 1. Boxes and pictures that can be judged.
-    finite = ~content.crowd & np.isfinite(content.xywh).all(axis=1)
-    boxes = content.xywh[finite]  # (F, 4)
+    usable = ~content.crowd & (np.abs(content.xywh) < _FAR).all(axis=1)
+    boxes = content.xywh[usable]  # (F, 4)
     sizes = np.array([[image.width, image.height] for image in content.images], dtype=np.float64).reshape(-1, 2)
-    limit = sizes[content.owner[finite]]  # (F, 2)
+    limit = sizes[content.owner[usable]]  # (F, 2)
     if len(boxes) == 0:
         return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import unicodedata
 
 import pytest
@@ -59,6 +60,19 @@ def test_an_export_without_splits_is_for_training_and_a_sentence_tells_what_to_d
 
 
 class TestLocateSplit:
+    def test_roboflows_third_split_is_scored_by_its_name_and_by_its_file(self, scenes_folder, tmp_path):
+        export(roboflow, scenes_folder, tmp_path)
+        shutil.copytree(tmp_path / "valid", tmp_path / "test")
+        expected = tmp_path / "test", tmp_path / "test" / "_annotations.coco.json"
+        assert locate_split(tmp_path, "test") == expected
+        assert locate_split(tmp_path, "val", "test/_annotations.coco.json") == expected
+        shutil.copy(expected[1], tmp_path / "valid" / "mine.json")
+        assert locate_split(tmp_path, "train", "valid/mine.json")[0] == tmp_path / "valid"
+
+    def test_a_file_that_lies_elsewhere_is_of_the_pictures_of_its_split(self, scenes_folder, tmp_path):
+        file = shutil.copy(scenes_folder / "annotations" / "instances_val.json", tmp_path / "corrected.json")
+        assert locate_split(scenes_folder, "val", str(file)) == (scenes_folder / "val", file)
+
     @pytest.mark.parametrize("year", ["2017", ""])
     def test_knows_both_layouts(self, tmp_path, year):
         for split in ("train", "val"):
