@@ -133,7 +133,7 @@ def _received(iterator: Iterator[Batch | _Failure]) -> Iterator[Batch]:
 def _lost(error: Exception) -> RunError:
     return RunError(
         expected="the processes that load images to live and to pass them on",
-        got=first_line(error),
+        got=first_line(error).rstrip(". "),
         where="--workers",
         fix="see whether memory, shared memory or open files are short, lower --workers, and go on with --resume",
     )
