@@ -139,7 +139,7 @@ class Runner:
         # 1. Resume an interrupted run; one without a checkpoint starts again in an empty folder.
         folder = self.work / run.key
         folder.parent.mkdir(parents=True, exist_ok=True)
-        resume = (folder / "last.pt").exists()
+        resume = any((folder / name).exists() for name in ("last.pt", "previous.pt"))
         if not resume and folder.exists():
             for leftover in folder.iterdir():
                 leftover.unlink()

@@ -22,7 +22,7 @@ from coco_example.engine.distributed import Worker, join_workers
 from coco_example.engine.identity import describe_data, describe_teacher
 from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.processor import slow_precision
-from coco_example.engine.run_folder import check_inputs, claimed_folder, environment, goes_on, run_id, start_folder
+from coco_example.engine.run_folder import claimed_folder, environment, goes_on, open_folder
 from coco_example.engine.signals import Interrupted, Signals, caught_signals
 from coco_example.engine.training import Training
 from coco_example.errors import RunError
@@ -85,26 +85,17 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
         method.to(memory_format=torch.channels_last)
 
     # 4. The folder: only now, because a refused teacher must not leave one that looks in use.
-    def open_folder() -> str | None:
-        inputs = {
-            "train": describe_data(train),
-            "val": describe_data(val),
-            "teacher": describe_teacher(teacher, labels),
-        }
-        if options.resume:
-            check_inputs(folder, inputs)
-        return run_id(folder) if begun else start_folder(folder, options, inputs)
+    def start() -> str | None:
+        data = {"train": describe_data(train), "val": describe_data(val)}
+        return open_folder(folder, options, data | {"teacher": describe_teacher(teacher, labels)}, begun=begun)
 
-    identity = worker.first_does(open_folder)
+    identity = worker.first_does(start)
 
     # 5. Train.
     torch.manual_seed(options.seed + 1 + worker.rank)
     training = Training(options, folder, method, model, train, worker, identity)
     if begun:
         training.resume()
-    categories = tuple((category.id, category.name) for category in train.categories)
-    spec = ModelSpec(options.model, options.method.arm == "one-to-many", categories)
-    shown = teacher is not None and labels == spec.label_to_category  # else its labels mean other classes
     with _open_log(folder, training, options) as log:
         _introduce(log, training, folder, train)
         try:
@@ -112,16 +103,11 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
         finally:
             training.release()
 
-        # 6. Save, then evaluate, on all processes, and draw.
-        if worker.first:
-            save_model(folder, training.result, spec)
-        worker.share(training.result)
-        scores = _score(training.result, val, options, worker)
-        if not worker.first:
-            return None
-        log.evaluation(training.step, options.training.epochs, _for_log(scores))
-    _report(folder, training, val, spec, teacher if shown else None, scores)
-    return scores
+        # 6. Save, evaluate and draw.
+        categories = tuple((category.id, category.name) for category in train.categories)
+        spec = ModelSpec(options.model, options.method.arm == "one-to-many", categories)
+        shown = labels == spec.label_to_category  # else the teacher's labels mean other classes
+        return _finish(folder, training, log, val, spec, teacher if shown else None)
 
 
 def _inherit(options: Options, model: nn.Module, teacher: nn.Module | None, worker: Worker) -> None:
@@ -157,22 +143,32 @@ def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoInd
     training.worker.wait()
 
 
-def _report(
-    folder: Path, training: Training, val: CocoIndex, spec: ModelSpec, teacher: nn.Module | None, scores: Evaluation
-) -> None:
-    """Write the summary of a finished run and draw its pictures."""
-    options = training.options
+def _finish(
+    folder: Path, training: Training, log: MetricsLog, val: CocoIndex, spec: ModelSpec, teacher: nn.Module | None
+) -> Evaluation | None:
+    # 1. Save before anything else, and evaluate on all processes.
+    options, worker, network = training.options, training.worker, training.result
+    if worker.first:
+        save_model(folder, network, spec)
+    worker.share(network)
+    scores = _score(network, val, options, worker)
+    if not worker.first:
+        return None
+
+    # 2. Report.
+    log.evaluation(training.step, options.training.epochs, _for_log(scores))
     summary = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
     summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment()}
     write_json(folder / "summary.json", summary)
     draw_report(
         folder,
-        _detector(training.result, options),
+        _detector(network, options),
         CocoDataset(val),
         spec.label_to_name,
         None if teacher is None else Detector(adapt(teacher), ranking="class_quality"),
         assigner=None if spec.one_to_many else METRICS[options.method.metric],
     )
+    return scores
 
 
 def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:

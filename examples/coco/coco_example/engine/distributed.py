@@ -158,7 +158,7 @@ def join_workers(timeout: timedelta | None = None) -> Iterator[Worker]:
         with suppress(RuntimeError):  # the store may be gone
             worker.store.set(_FAILED, f"{rank}")
         if isinstance(error, RuntimeError) and _of_the_group(error):
-            raise _lost(first_line(error)) from error
+            raise _lost(f"one that is gone: {first_line(error):.90}") from error
         raise
     finally:
         dist.destroy_process_group()

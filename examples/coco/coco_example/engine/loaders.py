@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from coco_example.errors import DataError, FileError, RunError, first_line
 from crosskd_assign.errors import CrossKDError
 
 __all__ = ["loaded"]
+
+_PATIENCE = 10.0  # seconds
 
 Item: TypeAlias = tuple[Tensor, Target]
 Batch: TypeAlias = tuple[list[Tensor], list[Any]]
@@ -73,9 +76,12 @@ def _end(iterator: Any, processes: Iterable[Any]) -> None:
     for process in processes:
         process.join()
 
-    # 2. Let the iterator find them ended. It may live on in a traceback.
+    # 2. Let the iterator find them ended, for it may live on in a traceback. A process that was killed with a lock in
+    # its hands would keep it waiting.
     if hasattr(iterator, "__del__"):
-        iterator.__del__()
+        ending = threading.Thread(target=iterator.__del__, daemon=True)
+        ending.start()
+        ending.join(timeout=_PATIENCE)
     if sys.platform != "win32" and before is not None:
         signal.signal(signal.SIGCHLD, before)
 
@@ -133,7 +139,7 @@ def _received(iterator: Iterator[Batch | _Failure]) -> Iterator[Batch]:
 def _lost(error: Exception) -> RunError:
     return RunError(
         expected="the processes that load images to live and to pass them on",
-        got=first_line(error),
+        got=first_line(error).rstrip(". "),
         where="--workers",
         fix="see whether memory, shared memory or open files are short, lower --workers, and go on with --resume",
     )

@@ -27,16 +27,7 @@ from coco_example.errors import RunError
 from coco_example.files import read_json, write_json
 from coco_example.options import Options
 
-__all__ = [
-    "check_folder",
-    "check_inputs",
-    "check_options",
-    "claimed_folder",
-    "environment",
-    "goes_on",
-    "run_id",
-    "start_folder",
-]
+__all__ = ["check_folder", "check_options", "claimed_folder", "environment", "goes_on", "open_folder"]
 
 # What a run that was killed before its first checkpoint may leave: nothing that anybody would miss.
 _FIRST = {LOCK, "config.json", "run.json", "environment.json", "metrics.jsonl", "batch0.png"}
@@ -97,13 +88,35 @@ def claimed_folder(folder: Path, options: Options, worker: Worker) -> Iterator[b
         yield worker.first_does(claim)
 
 
-def start_folder(folder: Path, options: Options, inputs: dict[str, Any]) -> str:
-    """Write what a run starts with, in place of what one that never got a checkpoint left; return the run's id."""
+def open_folder(folder: Path, options: Options, inputs: dict[str, Any], *, begun: bool) -> str | None:
+    """Write what a run starts with into its folder, or see that a run that goes on has the same inputs.
+
+    Args:
+        folder: The folder, claimed.
+        options: The run's.
+        inputs: Descriptions of its data and its teacher, by name.
+        begun: Whether there is a checkpoint; else what a run left that never got one is replaced.
+
+    Returns:
+        The run's id, which its checkpoints have, too; None where an earlier version started it.
+
+    Raises:
+        RunError: The inputs are others, and what differs is named.
+    """
+    # 1. Compare with what was noted; earlier versions noted nothing.
+    path = folder / "run.json"
+    then = read_json(path) if options.resume and path.exists() else None
+    if then is not None:
+        _refuse(folder, "data and teacher", differences(then, inputs), "name those")
+    if begun:
+        return None if then is None else str(then.get("id"))
+
+    # 2. Start.
     for name in _FIRST - {LOCK}:
         (folder / name).unlink(missing_ok=True)
     identity = uuid.uuid4().hex
     write_json(folder / "environment.json", environment())
-    write_json(folder / "run.json", {"id": identity, **inputs})
+    write_json(path, {"id": identity, **inputs})
     write_json(folder / "config.json", options.as_flat())  # last: with it, the run can be resumed
     return identity
 
@@ -119,23 +132,6 @@ def check_options(folder: Path, options: Options) -> None:
     if "arm" not in then:  # an empty list of differences would only mean that all have their defaults
         raise RunError(expected="the options of a run", got="something else", where=f"{path}", fix="restore that file")
     _refuse(folder, "options", options.differences(then), "repeat them")
-
-
-def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """See that a resumed run has the data and the teacher it was started with, where these were noted.
-
-    Raises:
-        RunError: It has others, and what differs is named.
-    """
-    path = folder / "run.json"
-    if path.exists():  # earlier versions did not write one
-        _refuse(folder, "data and teacher", differences(read_json(path), inputs), "name those")
-
-
-def run_id(folder: Path) -> str | None:
-    """Read the id of a run, which its checkpoints have, too; None where an earlier version started it."""
-    path = folder / "run.json"
-    return str(read_json(path).get("id")) if path.exists() else None
 
 
 def _refuse(folder: Path, what: str, differences: list[str], fix: str) -> None:

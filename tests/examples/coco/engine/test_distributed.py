@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -120,13 +121,16 @@ def test_work_that_takes_longer_than_the_groups_time_out_is_waited_for_and_a_los
     path = tmp_path / "work.py"
     path.write_text(SCRIPT)
     examples = Path(sys.modules["train"].__file__ or "").parent
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(examples), *sys.path]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29517",
+        "MASTER_PORT": f"{port}",
         "WORLD_SIZE": "2",
     }
     processes = [

@@ -120,15 +120,6 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(workshop, teacher, tm
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_stop_in_the_last_evaluation_loses_nothing(workshop, stopped, whole, tmp_path):
-    run = shutil.copytree(whole, tmp_path / "run")
-    for name in ("model.safetensors", "model.json", "summary.json"):
-        (run / name).unlink()
-    assert workshop.train(run, **stopped[1], resume=True) == 0
-    assert_same_run(run, whole)
-    assert (run / "summary.json").exists()
-
-
 def test_workers_stop_with_their_process_and_a_resumed_run_may_have_fewer_of_them(workshop, long_run, tmp_path):
     process = workshop.start(tmp_path / "run", **LONG, workers=1)
     wait_for_steps(process, tmp_path / "run", 3)

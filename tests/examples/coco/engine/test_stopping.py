@@ -15,7 +15,7 @@ import torch
 import train
 from coco_example.engine import training as engine
 from coco_example.engine.metrics_log import read_metrics
-from coco_example.errors import DataError
+from coco_example.errors import DataError, ModelError
 from coco_example.models.saved_model import load_model
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,6 @@ from tests.makers.training_runs import SIX_STEPS, assert_same_run
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 OPTIONS: dict[str, Any] = {**SIX_STEPS, "arm": "one-to-many", "eval_every": 1}  # at steps 3 and 6
-ONE_TO_MANY = {"arm": "one-to-many"}
 
 
 def evaluations(folder: Path) -> list[int]:
@@ -207,3 +206,14 @@ def test_a_file_of_a_run_that_holds_something_else_is_named(workshop, whole, tmp
     assert "Traceback" not in errors
     assert errors.count("error: Expected ") == 1
     assert name in errors or str(run) in errors
+
+
+def test_a_flipped_bit_in_a_finished_detector_is_found(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    content = bytearray((run / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match="its content has changed since it was written"):
+        load_model(run)
+    save_file(load_file(run / "model.safetensors"), run / "model.safetensors")  # changed on purpose, and written anew
+    assert load_model(run)[1].one_to_many
