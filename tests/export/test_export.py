@@ -21,7 +21,7 @@ from crosskd_assign import (
     GridLevel,
     __version__,
 )
-from crosskd_assign.errors import ExportError, ImageError, OptionError
+from crosskd_assign.errors import ExportError, ImageError, OptionError, UnknownDetectorError
 from crosskd_assign.export import TensorDetector, export_onnx
 from crosskd_assign.export.compare import predict, validate_tracing_mode
 from crosskd_assign.structures import Batch
@@ -460,3 +460,15 @@ def test_weights_beyond_one_file_are_an_error(tmp_path, monkeypatch):
 def test_options_out_of_range_are_errors(error, options, match, tmp_path):
     with pytest.raises(error, match=match):
         export_onnx(one_pixel(), tmp_path / "a.onnx", **options)
+
+
+def test_a_model_or_an_adapter_is_exported_as_the_detector_it_would_be_and_stays_as_it_is(tmp_path):
+    adapter = tiny_detector()
+    before = {name: p.requires_grad for name, p in adapter.named_parameters()}
+    export_onnx(adapter, tmp_path / "model.onnx", image_size=(64, 64), batch_size=1)
+    images = torch.rand(1, 3, 64, 64)
+    assert {name: p.requires_grad for name, p in adapter.named_parameters()} == before
+    for found, expected in zip(run(tmp_path / "model.onnx", images), TensorDetector(adapter)(images), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    with pytest.raises(UnknownDetectorError, match="DetectorAdapter"):
+        export_onnx(nn.Linear(1, 1), tmp_path / "other.onnx")

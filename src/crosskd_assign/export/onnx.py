@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..detectors import Probe, probe_detector
-from ..distillation import Distiller
-from ..end_to_end import EndToEndDetector
 from ..errors import CrossKDError, ExportError, ImageError, OptionError
 from ..validation import validate_images, validate_option
 from ..version import __version__
@@ -65,7 +63,7 @@ class ExportReport:
 
 
 def export_onnx(
-    detector: EndToEndDetector | Distiller,
+    detector: nn.Module,
     path: str | os.PathLike[str],
     *,
     image_size: tuple[int, int] | None = None,
@@ -88,7 +86,8 @@ def export_onnx(
     tie may change places. The detector is copied for this and stays as it is.
 
     Args:
-        detector: What to export, in float32. Of a `Distiller` the student; no teacher gets into the file.
+        detector: What to export, in float32: an `EndToEndDetector`, or a model or adapter that is to be one. Of a
+            `Distiller` the student; no teacher gets into the file.
         path: File to write. It is replaced once the check has passed, and left alone otherwise.
         image_size: ``(height, width)`` in pixels. None leaves it open, which takes several times as long to trace.
         batch_size: N. None leaves it open.
@@ -106,6 +105,7 @@ def export_onnx(
             shapes, or onnxruntime finds something else than the detector.
         OptionError: An option is out of range.
         ImageError: ``images`` do not fit ``image_size``.
+        UnknownDetectorError: No built-in adapter fits the model.
 
     Example:
         >>> from tempfile import TemporaryDirectory

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..detectors import adapt
 from ..distillation import Distiller
 from ..end_to_end import EndToEndDetector
 from ..postprocessing import top_detections
@@ -26,7 +27,8 @@ class TensorDetector(nn.Module):
     with one afterwards. Weights and mode are the detector's own; call ``.eval()`` before tracing.
 
     Args:
-        detector: The detector. Of a `Distiller` it is the student; the teacher is no part of it.
+        detector: The detector, or a model or adapter that is to be an `EndToEndDetector` with its defaults. Of a
+            `Distiller` it is the student; the teacher is no part of it.
         preprocessing: "inside": images as they come, all of one size, which are resized and padded as
             ``detector(images)`` would; boxes are in their pixels. "outside": images already resized and padded to a
             multiple of ``adapter.size_divisible``, not normalised; boxes are in pixels of these. Padding should have
@@ -34,6 +36,7 @@ class TensorDetector(nn.Module):
 
     Raises:
         OptionError: ``preprocessing`` is neither.
+        UnknownDetectorError: No built-in adapter fits the model.
 
     Example:
         >>> import torch
@@ -44,12 +47,14 @@ class TensorDetector(nn.Module):
         ((2, 7, 4), (2, 7))
     """
 
-    def __init__(self, detector: EndToEndDetector | Distiller, *, preprocessing: Preprocessing = "inside") -> None:
+    def __init__(self, detector: nn.Module, *, preprocessing: Preprocessing = "inside") -> None:
         super().__init__()
         validate_choice("preprocessing", preprocessing, ("inside", "outside"))
         student = detector.detector if isinstance(detector, Distiller) else detector
-        self.adapter, self.selection = student.adapter, student.selection
-        self.top_k = student.top_k
+        self.adapter = adapt(student)
+        self.selection, self.top_k = None, 100  # as `EndToEndDetector` has them by default
+        if isinstance(student, EndToEndDetector):
+            self.selection, self.top_k = student.selection, student.top_k
         self.preprocessing = preprocessing
         self.training = student.training
 
