@@ -229,9 +229,9 @@ def _corners(b: Tensor) -> Tensor:
 WIDE = ((96, 160), (64, 128))
 WRONG_BOXES: dict[str, tuple[Any, str]] = {
     "fractions": (lambda b, f: b / f, r"looks like fractions of the image.*multiply x by the width"),
-    "centres": (lambda b, f: _centers(b), r"looks like cx, cy, w, h \(.*'cxcywh'"),
-    "corners": (lambda b, f: _corners(b), r"looks like x, y, w, h \(.*'xywh'"),
-    "centres in fractions": (lambda b, f: _centers(b / f), r"cx, cy, w, h in fractions.*'cxcywh'.*then multiply"),
+    "centres": (lambda b, f: _centers(b), r"looks like cx, cy, w, h( or| \().*'cxcywh'"),
+    "corners": (lambda b, f: _corners(b), r"looks like (cx, cy, w, h or )?x, y, w, h \(.*'xywh'"),
+    "centres in fractions": (lambda b, f: _centers(b / f), r"cx, cy, w, h.* in fractions.*'cxcywh'.*then multiply"),
     "rows first": (lambda b, f: b[:, [1, 0, 3, 2]], r"looks like y1, x1, y2, x2.*swap"),
     "of a larger image": (lambda b, f: 3 * b, r"middle outside, as boxes of another image size.*scale boxes along"),
 }
