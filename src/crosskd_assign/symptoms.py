@@ -110,11 +110,12 @@ def symptom_of_targets(targets: Sequence[Target | None], sizes: Sequence[tuple[i
     if inverted <= SOME and outside <= 0.1:
         return _other_boxes("fractions of the image", scaled) if fractional else None
 
-    # 3. Which reading of the columns puts all boxes inside?
-    for name, (read, fix) in _COLUMNS.items():
-        if _inside(read(boxes) / frames):
-            scale = (" in fractions of the image", f", then {scaled}") if fractional else ("", "")
-            return _other_boxes(name + scale[0], fix + scale[1])
+    # 3. Which readings of the columns put all boxes inside? Small ones are inside by several.
+    likely = [(name, fix) for name, (read, fix) in _COLUMNS.items() if _inside(read(boxes) / frames)][:2]
+    if likely:
+        name, fix = (" or ".join(words) for words in zip(*likely, strict=True))
+        suffix = (" in fractions of the image", f", then {scaled}") if fractional else ("", "")
+        return _other_boxes(name + suffix[0], fix + suffix[1])
     if inverted > SOME:
         return _other_boxes(f"{inverted:.0%} of them with corners the wrong way round", "bring corners in order")
     return _other_boxes(

@@ -96,6 +96,17 @@ def test_predictions_without_levels_are_a_note_on_their_price():
     assert "40 to 390 times slower" in found(report, "points").sentence
 
 
+def test_a_network_of_one_size_whose_images_all_have_it_is_right():
+    adapter = foreign.seeded(
+        lambda: foreign.FixedSize(foreign.fixed_network(384), size_divisible=384, **foreign.ImageNet)
+    )
+    report = check_adapter(adapter, *scene(((384, 384),) * 2))
+    assert report.ok, str(report)
+    assert found(report, "sizes").outcome == "note"
+    assert "takes images of 384 × 384 alone" in found(report, "sizes").sentence
+    assert problems(check_adapter(adapter, *scene(((384, 384), (300, 384))))) == ["sizes"]
+
+
 def test_progress_is_every_check_as_it_is_done_and_reads_as_the_report_does():
     heard: list[AdapterCheck] = []
     report = check_adapter(foreign.seeded(foreign.RIGHT["YOLOv6"]), *scene(SIZES[0]), progress=heard.append)
@@ -218,9 +229,9 @@ def _corners(b: Tensor) -> Tensor:
 WIDE = ((96, 160), (64, 128))
 WRONG_BOXES: dict[str, tuple[Any, str]] = {
     "fractions": (lambda b, f: b / f, r"looks like fractions of the image.*multiply x by the width"),
-    "centres": (lambda b, f: _centers(b), r"looks like cx, cy, w, h \(.*'cxcywh'"),
-    "corners": (lambda b, f: _corners(b), r"looks like x, y, w, h \(.*'xywh'"),
-    "centres in fractions": (lambda b, f: _centers(b / f), r"cx, cy, w, h in fractions.*'cxcywh'.*then multiply"),
+    "centres": (lambda b, f: _centers(b), r"looks like cx, cy, w, h( or| \().*'cxcywh'"),
+    "corners": (lambda b, f: _corners(b), r"looks like (cx, cy, w, h or )?x, y, w, h \(.*'xywh'"),
+    "centres in fractions": (lambda b, f: _centers(b / f), r"cx, cy, w, h.* in fractions.*'cxcywh'.*then multiply"),
     "rows first": (lambda b, f: b[:, [1, 0, 3, 2]], r"looks like y1, x1, y2, x2.*swap"),
     "of a larger image": (lambda b, f: 3 * b, r"middle outside, as boxes of another image size.*scale boxes along"),
 }
@@ -238,3 +249,14 @@ def test_boxes_of_another_kind_are_named(name, seed):
     report = check_adapter(foreign.seeded(foreign.RIGHT["five levels"]), images, wrong)
     assert problems(report) == ["targets"]
     assert re.search(words, found(report, "targets").sentence), found(report, "targets").sentence
+
+
+def test_many_boxes_that_all_lie_in_one_quarter_are_a_note():
+    images, targets = scene(WIDE, boxes=10)
+    halved: list[Target] = [{**target, "boxes": target["boxes"] / 2} for target in targets]
+    report = check_adapter(foreign.seeded(foreign.RIGHT["five levels"]), images, halved)
+    assert report.ok
+    assert found(report, "targets").outcome == "note"
+    assert (
+        found(check_adapter(foreign.seeded(foreign.RIGHT["five levels"]), images, targets), "targets").outcome == "ok"
+    )

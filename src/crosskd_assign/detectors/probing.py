@@ -13,7 +13,7 @@ from ..errors import CrossKDError, DetectorError
 from ..structures import Batch, DensePredictions
 from .base import DetectorAdapter, PyramidLevel
 
-__all__ = ["PROBE_SIZE", "Probe", "edited", "evaluation_mode", "probe_detector"]
+__all__ = ["PROBE_SIZE", "Probe", "edited", "evaluation_mode", "first_line", "probe_detector"]
 
 PROBE_SIZE = 256  # pixels; a multiple of every usual stride, so that measured strides are exact
 BRANCHES = ("quality", "distribution")
@@ -60,14 +60,14 @@ def probe_detector(adapter: DetectorAdapter) -> Probe:
     """
     # 1. Blank images of 256 pixels, as they are.
     found: list[Probe] = []
-    failure: Exception | None = None
+    failures: list[Exception] = []
     for batch in _blank_batches(adapter):
         try:
             probe = _probe(adapter, batch)
         except (CrossKDError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a stranger's network raises where it is given another size than its own
-            failure = failure or error
+            failures.append(error)
             continue
         found.append(probe)
         if len(set(probe.strides)) == len(probe.strides):
@@ -78,10 +78,10 @@ def probe_detector(adapter: DetectorAdapter) -> Probe:
         return found[0]
     raise DetectorError(
         expected="a network that runs on blank images",
-        got=f"{type(failure).__name__}: {(str(failure).strip().splitlines() or ['no message'])[0]}",
+        got=first_line(failures[0]),
         where=f"{type(adapter).__name__}, on a blank image of {PROBE_SIZE} pixels",
         fix="let preprocess() bring every image to a size that the network takes, e.g. with ResizingAdapter",
-    ) from failure
+    ) from failures[0]
 
 
 def _probe(adapter: DetectorAdapter, batch: Batch) -> Probe:
@@ -139,6 +139,11 @@ def evaluation_mode(adapter: DetectorAdapter) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def first_line(error: Exception) -> str:
+    """Return type and message of an exception, without what torch adds below."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def edited(maps: Sequence[Tensor], versions: Sequence[int]) -> bool:

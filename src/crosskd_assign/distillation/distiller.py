@@ -88,7 +88,6 @@ class Distiller(nn.Module, ABC):
                 where="constructor argument",
                 fix="leave out one of the two",
             )
-        self.first_look = FirstLook()
         self.levels: list[MatchedLevel] = []
         self._teacher: tuple[DetectorAdapter] | None = None
         self.attach_teacher(teacher)
@@ -144,7 +143,7 @@ class Distiller(nn.Module, ABC):
         _validate_branches(probe, self.branches, f"teacher {type(adapter).__name__}.head()")
 
         # 3. Freeze it. In a tuple, nn.Module does not register it.
-        self.levels, self.teacher_entry = levels, entry
+        self.levels, self.teacher_entry, self.first_look = levels, entry, FirstLook()
         self._teacher = (adapter.eval().requires_grad_(False),)
         return self
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..detectors import DetectorAdapter, Probe, probe_detector
-from ..detectors.probing import evaluation_mode
+from ..detectors.probing import evaluation_mode, first_line
 from ..errors import CrossKDError
 from ..structures import Batch, DensePredictions, Target
 from .report import AdapterCheck, Finding, wrong
 
-__all__ = ["Check", "Examination", "check", "close", "fields", "first_line", "made_up_target", "reachable", "untouched"]
+__all__ = ["Check", "Examination", "check", "close", "fields", "made_up_target", "reachable", "untouched"]
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,6 @@ class Examination:
             return self.adapter.preprocess(self.images, self.targets)
 
     @property
-    def batch(self) -> Batch:
-        """The batch, a copy each time: an adapter may edit it."""
-        batch, _ = self.preprocessed
-        return replace(batch, images=batch.images.clone())
-
-    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the batch."""
         return self.preprocessed[0].image_size
@@ -125,7 +119,8 @@ class Examination:
     def maps(self) -> list[Tensor]:
         """What `features` returns for the batch."""
         with evaluation_mode(self.adapter):
-            return self.adapter.features(self.batch)
+            batch, _ = self.preprocessed
+            return self.adapter.features(replace(batch, images=batch.images.clone()))  # an adapter may edit it
 
     @property
     def few(self) -> int:
@@ -241,11 +236,6 @@ def reachable(outputs: Collection[Tensor]) -> set[int]:
 
 
 # --- exceptions -------------------------------------------------------------------------------------------------------
-
-
-def first_line(error: Exception) -> str:
-    """Return type and message of an exception, without what torch adds below."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def _line_of(error: Exception, otherwise: str) -> str:

@@ -68,7 +68,8 @@ def gradient(exam: Examination) -> Finding:
     predictions = exam.adapter.head([x.clone() for x in leaves], exam.image_size)  # in-place heads may not edit leaves
     silent: list[str] = []
     for field, value in (("logits", predictions.logits), ("boxes", predictions.boxes)):
-        grads = _gradients(value, leaves) if value.requires_grad else []
+        total = (value * torch.rand_like(value)).sum()
+        grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True) if value.requires_grad else []
         if fault := _no_gradient(exam, field, grads):
             return fault
         silent += [f"{field} of level {i}" for i, grad in enumerate(grads) if grad is not None and not grad.any()]
@@ -81,12 +82,6 @@ def gradient(exam: Examination) -> Finding:
             "note", f"gradients flow, but none from {', '.join(silent)}: shut by a ReLU or a norm of a single point?"
         )
     return Finding("ok", "gradients flow from logits and boxes to every map and on to the network")
-
-
-def _gradients(value: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Compute the gradients of a random sum of ``value``; None for inputs it does not depend on."""
-    total = (value * torch.rand_like(value)).sum()
-    return torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
 
 
 def _no_gradient(exam: Examination, field: str, grads: Sequence[Tensor | None]) -> Finding | None:
@@ -152,10 +147,8 @@ def unused_parameters(exam: Examination) -> Finding:
         expected, got = "a gradient for every parameter that is not declared unused", f"none for {_few(idle)}"
         fix = "return them there, or DistributedDataParallel stops in the second step; or make the model use them"
         if any(id(p) in quality for p in trainable if names[id(p)] in idle):
-            fix = (
-                "if quality is an objectness, give logits=functional.product_logits(logits, objectness[..., None]) and "
-            )
-            fix += "no quality; if it is a centerness or an IoU, return its parameters there"
+            fix = "if quality is an objectness, give logits=functional.product_logits(logits, objectness[..., None]) "
+            fix += "and no quality; if it is a centerness or an IoU, return its parameters there"
         return wrong(expected, got, where=where, fix=fix)
     busy = [names[id(p)] for p in declared if id(p) in reached]
     if busy:

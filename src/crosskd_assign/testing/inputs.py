@@ -48,6 +48,9 @@ def targets(exam: Examination) -> Finding:
     image = np.repeat(np.arange(len(counts)), counts)
     place = np.concatenate([np.arange(count) for count in counts])
     validate_target_values(boxes.float().numpy(), used.numpy(), image, place, channels)
+    reach = boxes / torch.tensor([(w, h, w, h) for h, w in sizes])[image]
+    if len(used) >= 16 and float(reach.max()) < 0.55:
+        return Finding("note", "all boxes lie in the upper left quarter of their images: are they of smaller ones?")
     low, high = int(used.min()), int(used.max())
     return Finding("ok", f"{len(used)} boxes in their images; labels {low}…{high} have channels among {channels}")
 

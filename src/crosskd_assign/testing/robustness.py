@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 
 import torch
 
+from ..detectors.probing import first_line
 from ..validation import validate_predictions
-from .examination import Examination, check, close, first_line, untouched
+from .examination import Examination, check, close, untouched
 from .report import Finding, wrong
 
 __all__ = ["arguments", "batches", "copies", "dtype", "entry", "sizes"]
@@ -40,7 +43,7 @@ def arguments(exam: Examination) -> Finding:
 def batches(exam: Examination) -> Finding:
     """Check that predictions of an image are the same beside any others, and alone."""
     # 1. The first image beside noise, and alone if a norm does not refuse it.
-    b = exam.batch
+    b, _ = exam.preprocessed
     beside = replace(b, images=torch.cat([b.images[:1], torch.rand_like(b.images[1:2])]), sizes=b.sizes[:2])
     shown = [beside, exam.small_batch] if exam.few == 1 else [beside]
 
@@ -57,19 +60,39 @@ def batches(exam: Examination) -> Finding:
     after=("head", "strides"),
     hint="give size_divisible the largest stride, or make the network take any size",
 )
-@torch.no_grad()
 def sizes(exam: Examination) -> Finding:
-    """Check that images may have sizes that nothing divides."""
+    """Check that images may have sizes that nothing divides, unless all have one and the network takes no other."""
+    # 1. Images of two sizes, and one alone.
     height, width = exam.images[0].shape[-2:]
     shapes = [(height + 5, width - width // 4 + 3), (height - height // 4 + 1, width + 7)]
-    images = [torch.rand(3, *shape).to(exam.images[0]) for shape in shapes]
-    for shown in (images, images[:1]):
-        batch, _ = exam.adapter.preprocess(shown)
-        maps = exam.adapter.features(batch)
-        if len(shown) > 1 or all(x.shape[-2:].numel() > 1 for x in maps):  # or group norm would refuse it
-            predictions = exam.head(maps, batch.image_size)
-            validate_predictions(predictions, where=f"{exam.name}.head()", images=len(shown))
+    try:
+        _run_on(exam, shapes)
+        if exam.few == 1:  # or group norm would refuse it
+            _run_on(exam, shapes[:1])
+
+    # 2. None but the given one?
+    except Exception:  # whatever a stranger's network raises
+        further = 2 * ceil(max(exam.adapter.size_divisible, *exam.probe.strides))
+        if len({image.shape for image in exam.images}) > 1 or _takes(exam, (height + further, width + further)):
+            raise
+        sentence = f"takes images of {height} × {width} alone; where yours differ, let a ResizingAdapter resize them"
+        return Finding("note", sentence)
     return Finding("ok", f"images of {' and '.join(f'{h} × {w}' for h, w in shapes)} work, and one alone")
+
+
+@torch.no_grad()
+def _run_on(exam: Examination, shapes: Sequence[tuple[int, int]]) -> None:
+    """Run the adapter on random images of these sizes."""
+    batch, _ = exam.adapter.preprocess([torch.rand(3, *shape).to(exam.images[0]) for shape in shapes])
+    validate_predictions(exam.predict(batch), where=f"{exam.name}.head()", images=len(shapes))
+
+
+def _takes(exam: Examination, shape: tuple[int, int]) -> bool:
+    try:
+        _run_on(exam, [shape, shape])
+    except Exception:  # likewise
+        return False
+    return True
 
 
 @check("entry", after=("head",))
