@@ -202,8 +202,8 @@ class EndToEndDetector(nn.Module):
             ImageError: Pixels are not finite.
             TargetError: A box or label has an impossible value.
         """
-        # 1. One positive for each object. By then the sums have arrived with what the assigner waits for.
         self.first_look(worst_symptom, run)
+        # 1. One positive for each object. By then the sums have arrived with what the assigner waits for.
         predictions, targets = labelled(run.predictions, run.targets)
         sums = Transfer(_pixel_sums(run.batch))
         assignment = self.assigner(predictions, targets)

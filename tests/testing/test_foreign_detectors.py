@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 
-from crosskd_assign import DensePredictions, TaskAwareOneToOneAssigner, functional, geometry
+from crosskd_assign import DensePredictions, GridLevel, TaskAwareOneToOneAssigner, functional, geometry
+from crosskd_assign.errors import UnknownDetectorError
 from crosskd_assign.structures import Batch, Target
 from crosskd_assign.testing import AdapterCheck, AdapterReport, check_adapter
 from tests.makers import foreign
-from tests.makers.small_models import scene
+from tests.makers.builders import TinyAdapter, TinyNetwork
+from tests.makers.small_models import scene, small_fcos
 
 SIZES = [((64, 64), (64, 64)), ((160, 150), (96, 130))]
 
@@ -40,6 +42,39 @@ def test_what_trains_is_found_right(name, sizes):
     report = check_adapter(adapter, *scene(sizes))
     assert report.ok, str(report)
     assert not [check.name for check in report.checks if check.outcome == "skipped"], str(report)
+
+
+@pytest.mark.parametrize("strides", [(8, 8, 8), (8, 16, 16), (16, 16, 16), (8, 16, 64), (4, 8, 16)])
+def test_a_grid_of_another_stride_than_its_map_is_named(strides):
+    class Misplaced(TinyAdapter):
+        def head(self, features: list[Tensor], image_size: tuple[int, int]) -> DensePredictions:
+            right = super().head(features, image_size)
+            levels = [GridLevel.of(x, stride) for x, stride in zip(features, strides, strict=True)]
+            return DensePredictions.on_grid(right.logits, right.boxes, levels, right.quality)
+
+    (first, *_) = check_adapter(Misplaced(TinyNetwork()), *scene(SIZES[0])).problems
+    level = next(i for i, (own, right) in enumerate(zip(strides, (8, 16, 32), strict=True)) if own != right)
+    assert first.name == "strides"
+    assert first.got == f"stride {strides[level]}"
+    assert first.where == f"Misplaced.head().levels[{level}]"
+
+
+def test_a_model_is_checked_with_its_built_in_adapter_and_a_stranger_is_refused():
+    assert check_adapter(small_fcos(), *scene(SIZES[0])).adapter == "FCOSAdapter"
+    with pytest.raises(UnknownDetectorError, match="subclass DetectorAdapter"):
+        check_adapter(nn.Linear(1, 1), *scene(SIZES[0]))
+
+
+def test_what_builds_on_a_problem_takes_one_line_of_the_report():
+    class Nothing(TinyAdapter):
+        def features(self, batch: Batch) -> list[Tensor]:
+            raise RuntimeError("no maps")
+
+    report = check_adapter(Nothing(TinyNetwork()), *scene(SIZES[0]))
+    waiting = [check for check in report.checks if check.outcome == "skipped"]
+    assert len(waiting) > 10
+    assert str(report).count("skipped") == 1
+    assert f"skipped {len(waiting)} checks, which build on what is wrong" in str(report)
 
 
 @pytest.mark.parametrize(

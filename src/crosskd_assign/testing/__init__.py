@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..detectors import DetectorAdapter
+from ..detectors import DetectorAdapter, adapt
 from ..structures import Target
 from ..validation import validate_images, validate_targets
 from . import gradients, inputs, positions, robustness, shapes, units
@@ -25,7 +25,7 @@ CHECKS: tuple[Check, ...] = tuple(
 
 
 def check_adapter(
-    adapter: DetectorAdapter,
+    adapter: nn.Module | DetectorAdapter,
     images: Sequence[Tensor] | Tensor,
     targets: Sequence[Target] | None = None,
     *,
@@ -39,7 +39,8 @@ def check_adapter(
     Two images of some 256 pixels are plenty: a ResNet-50 detector takes some 10 seconds for them on two cores.
 
     Args:
-        adapter: What to check, its network on the device of the images; trained or not.
+        adapter: What to check, its network on the device of the images; trained or not. Of any other model, the adapter
+            that `adapt` returns.
         images: N tensors ``(3, H, W)`` in 0…1. The finest feature map should have 4 cells or more on both sides.
         targets: N targets, best from the data set to be trained on; without them neither boxes nor labels are checked.
         progress: Called with every check as soon as it is done, e.g. ``print``.
@@ -50,6 +51,7 @@ def check_adapter(
     Raises:
         ImageError: The images are not float ``(3, H, W)`` tensors.
         TargetError: Targets have wrong shapes or dtypes.
+        UnknownDetectorError: It is no adapter, and no built-in one fits it.
 
     Example:
         >>> import torch
@@ -69,6 +71,7 @@ def check_adapter(
     validate_images(images)
     if targets is not None:
         validate_targets(targets, images)
+    adapter = adapt(adapter)
     with untouched(adapter):
         exam = Examination.of(adapter, list(images), targets)
         results: dict[str, AdapterCheck] = {}

@@ -20,7 +20,7 @@ from ..detectors import DetectorAdapter, Probe, probe_detector
 from ..detectors.probing import evaluation_mode, first_line
 from ..errors import CrossKDError
 from ..structures import Batch, DensePredictions, Target
-from .report import AdapterCheck, Finding, wrong
+from .report import BUILDS_ON, AdapterCheck, Finding, wrong
 
 __all__ = ["Check", "Examination", "check", "close", "fields", "made_up_target", "reachable", "untouched"]
 
@@ -44,7 +44,7 @@ class Check:
     def run(self, exam: Examination, earlier: Mapping[str, AdapterCheck]) -> AdapterCheck:
         """Run the check in evaluation mode, unless one that it builds on has failed."""
         failed = [name for name in self.after if earlier[name].outcome in ("wrong", "skipped")]
-        finding = Finding("skipped", f'builds on "{failed[0]}"; see there') if failed else self._examine(exam)
+        finding = Finding("skipped", f'{BUILDS_ON} "{failed[0]}"; see there') if failed else self._examine(exam)
         return AdapterCheck(name=self.name, **vars(finding))
 
     def _examine(self, exam: Examination) -> Finding:

@@ -13,6 +13,7 @@ __all__ = ["AdapterCheck", "AdapterReport", "Finding", "wrong"]
 Outcome = Literal["ok", "note", "wrong", "skipped"]
 
 WIDTH = 110  # columns of a printed report
+BUILDS_ON = "builds on"  # how the sentence of a check begins that has to wait for another
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,15 @@ class AdapterReport:
             raise DetectorError(str(self))
 
     def __str__(self) -> str:
-        """Format a line for every check."""
+        """Format a line for every check, and one for all that build on a problem."""
+        # 1. How many problems there are.
         count = len(self.problems)
         first = f"{self.adapter}: {len(self.checks)} checks, {count or 'no'} problem{'' if count == 1 else 's'}"
-        return "\n".join([first, *map(str, self.checks)])
+        # 2. The checks.
+        waiting = [
+            check for check in self.checks if check.outcome == "skipped" and check.sentence.startswith(BUILDS_ON)
+        ]
+        lines = [first, *(str(check) for check in self.checks if check not in waiting)]
+        if waiting:
+            lines.append(f"  skipped {len(waiting)} checks, which build on what is wrong")
+        return "\n".join(lines)

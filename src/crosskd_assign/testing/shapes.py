@@ -111,6 +111,16 @@ def strides(exam: Examination) -> Finding:
             expected, got = f"a map of {rows:g} × {columns:g} at stride {stride:g}", f"{x.shape[-2]} × {x.shape[-1]}"
             fix = "keep maps as (N, *, H, W), not transposed, with one stride for both axes"
             return wrong(expected, got, where=f"{where}[{i}]", fix=fix)
+
+    # 3. Grids of the same strides, where they are as large as the maps.
+    grids = exam.predictions.levels or ()
+    if [(grid.height, grid.width) for grid in grids] == [tuple(x.shape[-2:]) for x in exam.maps]:
+        for i, (grid, stride) in enumerate(zip(grids, found, strict=True)):
+            steps = (stride, height / grid.height, width / grid.width)  # torchvision's anchors take the last two
+            if not 0.75 * min(steps) < grid.stride < 1.3 * max(steps):
+                expected, got = f"a grid of stride {stride:g}, like the map of its size", f"stride {grid.stride:g}"
+                fix = "give each level its own stride: GridLevel.of(x, stride)"
+                return wrong(expected, got, where=f"{exam.name}.head().levels[{i}]", fix=fix)
     if found != sorted(found):
         return Finding("note", f"{found}: coarse levels come first; that works as long as head() expects it")
     return Finding("ok", f"{found}")
