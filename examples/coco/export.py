@@ -14,6 +14,7 @@ from typing import Any
 
 from coco_example.commands import CommandParser, run_command
 from coco_example.errors import RunError
+from coco_example.models.detectors import selection_of
 from coco_example.models.saved_model import load_model
 
 from crosskd_assign import EndToEndDetector
@@ -55,7 +56,7 @@ def export(
         )
     transform: Any = model.transform
     return export_onnx(
-        EndToEndDetector(model, top_k=spec.model.top_k if top_k is None else top_k),
+        EndToEndDetector(model, selection=selection_of(model), top_k=spec.model.top_k if top_k is None else top_k),
         path,
         image_size=image_size,
         preprocessing=preprocessing,

@@ -8,10 +8,12 @@ torchrun --nproc-per-node 8 examples/coco/train.py …
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from coco_example.commands import run_command, say
+from coco_example.data.annotations import Category
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
 from coco_example.data.preflight import judge_pictures, judge_splits
@@ -25,14 +27,14 @@ from coco_example.engine.processor import slow_precision
 from coco_example.engine.run_folder import claimed_folder, environment, goes_on, open_folder
 from coco_example.engine.signals import Interrupted, Signals, caught_signals
 from coco_example.engine.training import Training
-from coco_example.errors import RunError
+from coco_example.errors import DataError, RunError
 from coco_example.evaluation.evaluation import Detector, Evaluation, evaluate, table
 from coco_example.figures.draw import draw_predictions
 from coco_example.figures.report import draw_report
 from coco_example.files import write_json
 from coco_example.models.detectors import build_detector
-from coco_example.models.methods import METRICS, build_method, needs_teacher
-from coco_example.models.saved_model import ModelSpec, save_model
+from coco_example.models.methods import METRICS, build_method, freeze, needs_teacher
+from coco_example.models.saved_model import ModelSpec, load_model, save_model
 from coco_example.models.teachers import TeacherInTraining, load_teacher
 from coco_example.options import Options, parse_options
 from torch import nn
@@ -81,6 +83,7 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
     teacher, labels = _load_teacher(options, model, val, worker, check=not begun)
     _inherit(options, model, teacher, worker)
     method = build_method(options.method, model.to(worker.device), teacher).to(worker.device)
+    frozen = freeze(model, options.method.freeze)
     if options.training.channels_last:
         method.to(memory_format=torch.channels_last)
 
@@ -93,7 +96,7 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
 
     # 5. Train.
     torch.manual_seed(options.seed + 1 + worker.rank)
-    training = Training(options, folder, method, model, train, worker, identity)
+    training = Training(options, folder, method, model, train, worker, identity, frozen)
     if begun:
         training.resume()
     with _open_log(folder, training, options) as log:
@@ -111,13 +114,26 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
 
 
 def _inherit(options: Options, model: nn.Module, teacher: nn.Module | None, worker: Worker) -> None:
-    origin = teacher if options.teachers.inherit else None
-    if options.teachers.inherit_from:
-        origin, _ = load_teacher(options.teachers.inherit_from, options.model)
-    if origin is not None:
-        report = inherit(model, origin)
-        if worker.first:
-            say(f"{report}")
+    # 1. From what, and which parts.
+    given = options.teachers
+    origin = teacher if given.inherit or given.convert else None
+    parts = ("backbone", "neck", "head") if given.convert else ("backbone", "neck")
+    if given.inherit_from:
+        origin, _ = load_teacher(given.inherit_from, options.model)
+    if origin is None:
+        return
+
+    # 2. A detector that is converted starts as it is.
+    report = inherit(model, origin, parts)
+    if given.convert and report.skipped:
+        raise RunError(
+            expected="the options of the detector that is converted",
+            got=f"others: {report}",
+            where=f"--convert {given.convert}",
+            fix="leave out --architecture, --backbone, --channels and --head-convs",
+        )
+    if worker.first:
+        say(f"{report}")
 
 
 def _open_log(folder: Path, training: Training, options: Options) -> MetricsLog:
@@ -152,12 +168,22 @@ def _finish(
         save_model(folder, network, spec)
     worker.share(network)
     scores = _score(network, val, options, worker)
+    before = None
+    if teacher is not None and options.teachers.convert:
+        before = _score(teacher, val, replace(options, method=replace(options.method, arm="one-to-many")), worker)
     if not worker.first:
         return None
 
     # 2. Report.
     log.evaluation(training.step, options.training.epochs, _for_log(scores))
     summary = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
+    if before is not None:
+        summary["before"] = before.as_dict()
+        rows = [
+            ("before, without NMS", before.plain, before.duplicates),
+            ("before, with NMS", before.nms, before.duplicates_nms),
+        ]
+        say(table(rows))
     summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment()}
     write_json(folder / "summary.json", summary)
     draw_report(
@@ -178,7 +204,15 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
     if data.data == "demo" and worker.first:
         write_scenes(root)
     worker.wait()
-    train = read_coco(*locate_split(root, "train", data.train_annotations, data.train_images))
+    classes = _classes_of(options.teachers.convert)
+    train = read_coco(*locate_split(root, "train", data.train_annotations, data.train_images), classes)
+    if train.annotations.unknown:
+        raise DataError(
+            expected="classes of the detector that is converted",
+            got=", ".join(map(str, train.annotations.unknown[:5])),
+            where=f"categories of {train.annotations.file}",
+            fix="leave their boxes out, or train a detector that has them",
+        )
     val = read_coco(*locate_split(root, "val", data.val_annotations, data.val_images), train.categories)
 
     # 2. Judge them. Validation pictures are decoded, too: a broken one would be found after the last epoch.
@@ -193,14 +227,24 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
     return train, val
 
 
+def _classes_of(run: str) -> list[Category] | None:
+    """List the classes of the detector that is converted; without one, those of the training file will do."""
+    if not run:
+        return None
+    _, spec = load_model(Path(run))
+    return [Category(*category) for category in spec.categories]
+
+
 def _load_teacher(
     options: Options, student: nn.Module, val: CocoIndex, worker: Worker, *, check: bool
 ) -> tuple[nn.Module | None, dict[int, Identifier]]:
     """Load the teacher, if one is named and used, and the COCO category of each of its labels."""
-    used = needs_teacher(options.method.arm) or options.teachers.inherit
-    if not (options.teachers.teacher and used):
+    given = options.teachers
+    used = needs_teacher(options.method.arm) or given.inherit or given.convert
+    reference = given.convert or given.teacher
+    if not (reference and used):
         return None, {}
-    teacher, labels = load_teacher(options.teachers.teacher, options.model, val.categories)
+    teacher, labels = load_teacher(reference, options.model, val.categories)
     teacher.to(worker.device)
     if check:
         _preflight(teacher, student, val, labels, options, worker)
@@ -233,7 +277,7 @@ def _preflight(
         raise RunError(
             expected=f"a teacher with an AP of at least {options.teachers.teacher_floor}",
             got=f"{scores.nms.ap:.4f} on {scores.images} validation images",
-            where=options.teachers.teacher,
+            where=options.teachers.convert or options.teachers.teacher,
             fix="check that it was trained to the end, on these classes and at this size; or lower --teacher-floor",
         )
 

@@ -120,7 +120,7 @@ def test_sums_and_derivatives_are_those_of_autograd(case, interpreted):
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fp16", "bf16"))])
 def test_the_kernels_compile_for_a_gpu(dtype, tmp_path):
     """What the interpreter runs, a compiler may still refuse; compiling for a GPU takes none."""
     child = run_child(COMPILING_CHILD, dtype, environment={"TRITON_CACHE_DIR": str(tmp_path)})

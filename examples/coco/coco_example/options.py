@@ -12,6 +12,8 @@ from typing_extensions import Self
 
 from coco_example.commands import CommandParser
 from coco_example.data.augmentation import Level
+from coco_example.errors import RunError
+from coco_example.files import read_json
 from crosskd_assign.distillation import Alignment, Decay
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Arm",
     "Backbone",
     "DataOptions",
+    "Freeze",
     "MethodOptions",
     "Metric",
     "ModelOptions",
@@ -36,10 +39,13 @@ Backbone = Literal[
 Arm = Literal[
     "one-to-many", "one-to-one", "cross-head", "feature-imitation", "weighted-imitation", "own-head-imitation"
 ]
+Freeze = Literal["none", "backbone", "backbone-neck", "all"]
 Metric = Literal["poto", "balanced", "task-aligned", "yolo"]
 
 # A resumed run may differ in these without becoming another run.
-FREE_ON_RESUME = frozenset({"output", "resume", "workers", "log_every", "save_every", "data_path", "teacher"})
+FREE_ON_RESUME = frozenset(
+    {"output", "resume", "workers", "log_every", "save_every", "data_path", "teacher", "convert"}
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class ModelOptions:
     size: Annotated[int, "longer side of the images in pixels, to which the detector resizes them"] = 128
     short_side: Annotated[int, "bound of the shorter side: 800 with --size 1333 is usual on COCO; 0: none"] = 0
     top_k: Annotated[int, "detections of an image, which is the limit of its AP, too"] = 100
+    selection: Annotated[bool, "a branch that sees each score beside its neighbours' and multiplies it"] = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,11 @@ class TeacherOptions:
 
     teacher: Annotated[
         str, "a run's folder, torchvision:NAME for its COCO weights, or your own python:FILE:FUNCTION"
+    ] = ""
+    convert: Annotated[
+        str,
+        "take NMS out of the detector of this run: it is the student's start and its teacher; its options and a "
+        "quarter of its epochs are the defaults, with --selection and --metric balanced",
     ] = ""
     inherit: Annotated[bool, "start with the tensors of the teacher's backbone and neck that fit"] = False
     inherit_from: Annotated[str, "start with those of this detector instead, named as a --teacher is"] = ""
@@ -106,6 +118,9 @@ class MethodOptions:
     distill_decay: Annotated[Decay, "how the weight of distillation falls to 1 percent over the run"] = "none"
     imitation: Annotated[float, "weight of feature imitation where it is the arm"] = 1.0
     alignment: Annotated[Alignment, "how the student's features are aligned to the teacher's"] = "statistics"
+    freeze: Annotated[Freeze, "parts of the detector that stay as they start; of all, --selection alone learns"] = (
+        "none"
+    )
     entry: Annotated[int, "convolutions of the student's head that run before it enters the teacher's (cross-head)"] = 0
 
 
@@ -193,12 +208,44 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     for name, kind in _GROUPS.items():
         _add_arguments(parser.add_argument_group(name, kind.__doc__).add_argument, kind)
 
-    # 2. Parse, and refuse what means nothing.
+    # 2. A conversion has defaults of its own.
+    try:
+        parser.set_defaults(**_conversion(arguments))
+    except RunError as error:
+        parser.error(f"{error}")
+
+    # 3. Parse, and refuse what means nothing.
     options = Options.from_flat(vars(parser.parse_args(arguments)))
     conflict = _conflict(options)
     if conflict is not None:
         parser.error(conflict)
     return options
+
+
+def _conversion(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """List the defaults of ``--convert``, none without it.
+
+    Raises:
+        RunError: It names no finished run.
+    """
+    # 1. Is it asked for?
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--convert", type=Path)
+    parser.add_argument("--freeze")
+    given, _ = parser.parse_known_args(arguments)
+    if given.convert is None:
+        return {}
+
+    # 2. The detector, and how it was trained.
+    model, run = (read_json(given.convert / name) for name in ("model.json", "config.json"))
+    names = {option.name for option in fields(TrainingOptions)} | {"augmentation", "mosaic", "cache"}
+    kept = {name: value for name, value in run.items() if name in names}
+    kept |= {option.name: model[option.name] for option in fields(ModelOptions) if option.name in model}
+
+    # 3. The way without NMS. A frozen detector has nothing to distil into.
+    arm: Arm = "one-to-one" if given.freeze == "all" else "cross-head"
+    epochs = max(1, round(int(kept["epochs"]) / 4))
+    return kept | {"epochs": epochs, "arm": arm, "metric": "balanced", "selection": True}
 
 
 def _add_arguments(add: Callable[..., Any], kind: type[Any]) -> None:
@@ -244,6 +291,22 @@ def _conflict(options: Options) -> str | None:
         (
             options.model.short_side > 0 and dataset.augmentation not in ("none", "flip"),
             "expected --augmentation none or flip with --short-side: the others make squares of --size",
+        ),
+        (
+            bool(teachers.convert) and bool(teachers.teacher or teachers.inherit or teachers.inherit_from),
+            "expected --convert without --teacher, --inherit and --inherit-from: it is all of them",
+        ),
+        (
+            bool(teachers.convert) and method.arm == "one-to-many",
+            "expected an arm without NMS for --convert, but got --arm one-to-many",
+        ),
+        (
+            options.model.selection and method.arm == "one-to-many",
+            "expected an arm of one positive an object for --selection, but got --arm one-to-many",
+        ),
+        (
+            method.freeze == "all" and not (options.model.selection and method.arm == "one-to-one"),
+            "expected --selection and --arm one-to-one with --freeze all: nothing else would learn",
         ),
         (
             teachers.inherit and not teachers.teacher,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ class Training:
         index: Images to train on.
         worker: This process.
         run: Id of the run, which its checkpoints have; None of a run of an earlier version.
+        frozen: Parts of the detector that do not learn, whose batch norm stays in evaluation mode.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Training:
         index: CocoIndex,
         worker: Worker,
         run: str | None = None,
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
         self.options, self.folder, self.method, self.model, self.worker = options, folder, method, model, worker
-        self.run = run
+        self.run, self.frozen = run, nn.ModuleList(frozen)
 
         # 1. Images.
         loop = options.training
@@ -99,6 +101,7 @@ class Training:
 
         # 2. Steps.
         self.method.train()
+        self.frozen.eval()
         begun = time.perf_counter() - self.seconds
         with signals.held(), self.data.batches(self.step) as batches:
             for images, targets in batches:

@@ -17,6 +17,7 @@ from coco_example.data.values import Identifier, key_of
 from coco_example.engine.distributed import ALONE, Worker
 from coco_example.engine.loaders import loaded
 from coco_example.evaluation.coco_metrics import CocoScores, coco_evaluate, coco_results
+from coco_example.models.detectors import selection_of
 from crosskd_assign import DensePredictions, DetectorAdapter
 from crosskd_assign.detectors.probing import evaluation_mode
 from crosskd_assign.diagnostics import DuplicateReport, duplicate_report
@@ -58,8 +59,18 @@ class Detector:
     def predict(self, images: Sequence[Tensor]) -> tuple[DensePredictions, Batch]:
         """Compute dense predictions, with the quality branch only where it is part of the score."""
         batch = self.preprocess(images)
-        predictions = self.adapter.head(self.adapter.features(batch), batch.image_size)
-        return (predictions if self.ranking == "class_quality" else replace(predictions, quality=None)), batch
+        return self.predict_on(batch), batch
+
+    @torch.no_grad()
+    def predict_on(self, batch: Batch) -> DensePredictions:
+        """Predict on a batch, with the scores that detections get."""
+        features = self.adapter.features(batch)
+        branch = selection_of(self.adapter.model)
+        if branch is not None and self.ranking == "class":  # on copies, which the head may edit
+            predictions = self.adapter.head([x.clone() for x in features], batch.image_size)
+            return branch(features, predictions)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+        predictions = self.adapter.head(features, batch.image_size)
+        return predictions if self.ranking == "class_quality" else replace(predictions, quality=None)
 
     def preprocess(self, images: Sequence[Tensor]) -> Batch:
         """Make the batch that the detector runs on."""

@@ -82,7 +82,7 @@ def assignment_views(
     given = [Target(boxes=target["boxes"].to(device), labels=target["labels"].to(device)) for target in targets]
     with evaluation_mode(adapter):
         batch, moved = adapter.preprocess(pixels, given)
-        predictions = adapter.head(adapter.features(batch), batch.image_size)
+        predictions = detector.predict_on(batch)
         resized = [target for target in moved if target is not None]  # none is missing
         assignment = assigner(predictions, resized)
 

@@ -23,8 +23,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from coco_example.errors import ModelError, first_line
 from coco_example.models.weights import load_weights
 from coco_example.options import Architecture, Backbone, ModelOptions
+from crosskd_assign import SelectionBranch
 
-__all__ = ["build_detector", "torchvision_detector"]
+__all__ = ["build_detector", "selection_of", "torchvision_detector"]
 
 
 class SmallBackbone(nn.Module):
@@ -130,7 +131,17 @@ def build_detector(options: ModelOptions, num_classes: int) -> nn.Module:
         anchors = AnchorGenerator(scales, ((0.5, 1.0, 2.0),) * len(strides))
         head = RetinaNetHead(channels, 9, num_classes, norm_layer=_group_norm)
         detector = RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **sides)
+
+    # 4. A branch that selects, which travels with the detector: in its weights, copies and averages.
+    if options.selection:
+        detector.selection = SelectionBranch(detector)
     return detector
+
+
+def selection_of(model: nn.Module) -> SelectionBranch | None:
+    """Return the selection branch that a detector was built with, if it was."""
+    branch = getattr(model, "selection", None)
+    return branch if isinstance(branch, SelectionBranch) else None
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from coco_example.errors import RunError
+from coco_example.models.detectors import selection_of
 from coco_example.models.distillers import OwnHeadImitation, StandardisedImitation, WeightedImitation
-from coco_example.options import Arm, MethodOptions, Metric
+from coco_example.options import Arm, Freeze, MethodOptions, Metric
 from crosskd_assign import (
     AuxiliaryHead,
     CrossHeadDistiller,
@@ -19,7 +20,7 @@ from crosskd_assign import (
     adapt,
 )
 
-__all__ = ["METRICS", "build_method", "needs_teacher"]
+__all__ = ["METRICS", "build_method", "freeze", "needs_teacher"]
 
 METRICS: dict[Metric, TaskAwareOneToOneAssigner] = {
     "poto": TaskAwareOneToOneAssigner.poto(),
@@ -57,6 +58,7 @@ def build_method(options: MethodOptions, model: nn.Module, teacher: nn.Module | 
         assigner=METRICS[options.metric],
         loss=OneToOneLoss(ranking=options.ranking),
         auxiliary=AuxiliaryHead(student, detach=options.detach) if options.auxiliary_head else None,
+        selection=selection_of(model),
     )
     if options.arm == "one-to-one":
         return detector
@@ -67,6 +69,16 @@ def build_method(options: MethodOptions, model: nn.Module, teacher: nn.Module | 
             expected=f"a teacher for the arm {options.arm!r}", got="none", where="--teacher", fix="train one first"
         )
     return _distiller(options, detector, teacher)
+
+
+def freeze(model: nn.Module, choice: Freeze) -> list[nn.Module]:
+    """Freeze parts of a detector, and return them: their batch norm has to stay in evaluation mode, too."""
+    names = {"none": (), "backbone": ("backbone",), "backbone-neck": ("backbone", "neck")}
+    adapter = adapt(model)
+    parts = [adapter.part(name) for name in names.get(choice, ("backbone", "neck", "head"))]
+    for part in parts:
+        part.requires_grad_(False)
+    return parts
 
 
 def _distiller(options: MethodOptions, student: EndToEndDetector, teacher: nn.Module | DetectorAdapter) -> Distiller:

@@ -144,6 +144,7 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> 
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(workshop, long_run, tmp_path):
     for attempt, save_every in enumerate((3, 1)):
         process = workshop.start(tmp_path / "run", **LONG, save_every=save_every, resume=attempt > 0)

@@ -206,6 +206,7 @@ def test_the_threshold_of_nms_is_an_option(teacher, scenes_folder, tmp_path):
     assert scores["ap_nms"] == scores["ap"]  # suppresses nothing
 
 
+@pytest.mark.slow
 def test_a_users_file_imports_its_neighbours_whatever_ours_are_called(workshop, script, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()

@@ -1,0 +1,164 @@
+"""`--convert`: from a detector that needs NMS to the same one without, and what may stay frozen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import predict
+import pytest
+import torch
+import train
+from coco_example.engine.metrics_log import read_metrics
+from coco_example.models.detectors import selection_of
+from coco_example.models.saved_model import load_model
+from safetensors.torch import load_file
+
+from tests.makers.training_runs import assert_same_run, stop_in
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+def arguments(data: Path, teacher: Path, output: Path, *more: str) -> list[str]:
+    """What a user types."""
+    return ["--convert", str(teacher), "--data-path", str(data), "--output", str(output), "--teacher-floor", "0", *more]
+
+
+def summary(folder: Path) -> Any:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def converted(scenes_folder, teacher, tmp_path_factory):
+    """A finished conversion; not to be written to."""
+    folder = tmp_path_factory.mktemp("converted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_report", lambda *_, **__: [])
+        assert train.main(arguments(scenes_folder, teacher, folder)) == 0
+    return folder
+
+
+def test_a_conversion_takes_detector_and_schedule_of_the_run_and_a_quarter_of_its_epochs(converted, teacher):
+    mine, theirs = (json.loads((folder / "config.json").read_text()) for folder in (converted, teacher))
+    own = {"arm", "metric", "selection", "epochs", "convert", "output", "eval_every", "log_every"}
+    assert {name for name in mine if mine[name] != theirs[name]} <= own
+    assert (mine["arm"], mine["metric"], mine["selection"], mine["epochs"]) == ("cross-head", "balanced", True, 1)
+    spec = json.loads((converted / "model.json").read_text())
+    assert spec["selection"] is True
+    assert spec["one_to_many"] is False
+    losses = next(line for line in read_metrics(converted) if line["kind"] == "train")["losses"]
+    assert {"distill_classification", "distill_bbox_regression"} <= losses.keys()
+
+
+def test_it_ends_with_what_was_before_and_what_is_after(converted, teacher, scenes_folder, tmp_path, capsys):
+    for folder, key in ((teacher, "before"), (converted, "scores")):
+        output = tmp_path / f"{key}.json"
+        command = [
+            "--run",
+            str(folder),
+            "--data-path",
+            str(scenes_folder),
+            "--batch-size",
+            "8",
+            "--output",
+            str(output),
+        ]
+        assert evaluate.main(command) == 0
+        expected = json.loads(output.read_text())["scores"]
+        assert summary(converted)[key] == pytest.approx(expected, nan_ok=True)
+    capsys.readouterr()
+    assert predict.main(["--run", str(converted), "--output", str(tmp_path / "found"), str(scenes_folder / "val")]) == 0
+
+
+def test_it_starts_as_the_detector_it_was(scenes_folder, teacher, tmp_path):
+    assert train.main(arguments(scenes_folder, teacher, tmp_path / "run", "--lr", "0")) == 0
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", teacher))
+    added = mine.keys() - theirs.keys()
+    assert added
+    assert all(name.startswith("selection.") for name in added)
+    trained = {name for name, _ in load_model(teacher)[0].named_parameters()}
+    assert all(torch.equal(mine[name], theirs[name]) for name in trained)
+
+
+def test_a_frozen_detector_keeps_every_weight_and_statistic(scenes_folder, teacher, tmp_path):
+    assert train.main(arguments(scenes_folder, teacher, tmp_path / "run", "--freeze", "all", "--epochs", "1")) == 0
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", teacher))
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    assert any(mine[name].any() for name in mine if name.startswith("selection.output"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["arm"] == "one-to-one"
+
+
+def test_a_frozen_backbone_stays_while_the_neck_learns(workshop, teacher, tmp_path):
+    options = {"arm": "one-to-one", "inherit_from": teacher, "freeze": "backbone"}
+    assert workshop.train(tmp_path / "run", **options) == 0
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", teacher))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs if name.startswith("backbone.body."))
+    assert not torch.equal(*(x["backbone.fpn.layer_blocks.0.0.weight"] for x in (mine, theirs)))
+
+
+def test_a_conversion_that_is_stopped_goes_on_as_if_it_had_not_been(converted, scenes_folder, teacher, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, 2)
+        assert train.main(arguments(scenes_folder, teacher, tmp_path / "run")) == 143
+    moved = shutil.copytree(teacher, tmp_path / "elsewhere")
+    assert train.main(arguments(scenes_folder, moved, tmp_path / "run", "--resume")) == 0
+    assert_same_run(tmp_path / "run", converted)
+
+
+def test_average_weights_hold_the_branch(scenes_folder, teacher, tmp_path):
+    assert train.main(arguments(scenes_folder, teacher, tmp_path / "run", "--ema", "0.5")) == 0
+    model, _ = load_model(tmp_path / "run")
+    branch = selection_of(model)
+    assert branch is not None
+    assert branch.output.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--teacher", "x"], "expected --convert without --teacher"),
+        (["--inherit-from", "x"], "expected --convert without --teacher"),
+        (["--arm", "one-to-many"], "expected an arm without NMS for --convert"),
+        (["--arm", "cross-head", "--freeze", "all"], "expected --selection and --arm one-to-one with --freeze all"),
+        (["--backbone", "resnet18"], "leave out --architecture, --backbone"),
+    ],
+)
+def test_what_does_not_go_with_a_conversion_is_refused(scenes_folder, teacher, tmp_path, capsys, more, sentence):
+    try:
+        code = train.main(arguments(scenes_folder, teacher, tmp_path / "run", *more))
+    except SystemExit as ended:  # as argparse ends
+        code = int(str(ended.code))
+    assert code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_what_is_no_finished_run_cannot_be_converted(scenes_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(arguments(scenes_folder, tmp_path / "nowhere", tmp_path / "run"))
+    assert "name the folder of a run" in capsys.readouterr().err
+
+
+def test_fewer_classes_are_fine_and_others_are_refused_by_name(scenes_folder, teacher, tmp_path, capsys):
+    # Without one class of the detector, which is kept; then with a class that it does not know.
+    data = Path(shutil.copytree(scenes_folder, tmp_path / "data"))
+    for split in ("train", "val"):
+        path = data / "annotations" / f"instances_{split}.json"
+        document = json.loads(path.read_text())
+        gone = document["categories"].pop()["id"]
+        document["annotations"] = [box for box in document["annotations"] if box["category_id"] != gone]
+        path.write_text(json.dumps(document))
+    assert train.main(arguments(data, teacher, tmp_path / "fewer")) == 0
+    assert len(load_model(tmp_path / "fewer")[1].categories) == len(load_model(teacher)[1].categories)
+    capsys.readouterr()
+
+    path = data / "annotations" / "instances_train.json"
+    document = json.loads(path.read_text())
+    document["categories"].append({"id": 99, "name": "zebra"})
+    document["annotations"][0]["category_id"] = 99
+    path.write_text(json.dumps(document))
+    assert train.main(arguments(data, teacher, tmp_path / "more")) == 2
+    assert "but got 'zebra' (id 99)" in capsys.readouterr().err
