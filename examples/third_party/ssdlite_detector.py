@@ -14,10 +14,10 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
-from crosskd_assign import DensePredictions, DetectorAdapter, GridLevel
+from crosskd_assign import DensePredictions, DetectorAdapter, GridLevel, functional
 from crosskd_assign.structures import Batch, Target
 
-__all__ = ["SSDLiteAdapter", "build", "own_loss", "sigmoid_logits"]
+__all__ = ["SSDLiteAdapter", "build", "own_loss"]
 
 
 class SSDLiteAdapter(DetectorAdapter):
@@ -57,25 +57,12 @@ class SSDLiteAdapter(DetectorAdapter):
             step = (width / columns, height / rows)
             levels.append(GridLevel(rows, columns, stride, step, (step[0] / 2, step[1] / 2), count))
         return DensePredictions.from_anchors(
-            sigmoid_logits(output["cls_logits"])[..., 1:],
+            functional.sigmoid_logits(output["cls_logits"])[..., 1:],
             output["bbox_regression"],
             anchors,
             levels,
             weights=self.model.box_coder.weights,
         )
-
-
-def sigmoid_logits(scores: Tensor) -> Tensor:
-    """Compute logits whose sigmoid is the softmax of ``scores (…, C)``: a score less the logsumexp of the others.
-
-    The library scores every class by itself; with these, it scores as the softmax detector does.
-    """
-    log_p = scores.float().log_softmax(dim=-1)
-    best = log_p.argmax(dim=-1, keepdim=True)
-    others = log_p.scatter(-1, best, float("-inf")).logsumexp(dim=-1, keepdim=True)
-    # 1 − p loses all digits where p is nearly 1, which only the best can be: its odds are against the others' sum.
-    small = log_p.scatter(-1, best, -1.0)
-    return (small - torch.log1p(-small.exp())).scatter(-1, best, log_p.gather(-1, best) - others)
 
 
 def build(classes: int, *, size: int = 320) -> SSDLiteAdapter:

@@ -32,6 +32,7 @@ __all__ = [
     "one_to_one_classification_loss",
     "one_to_one_ranking_loss",
     "product_logits",
+    "sigmoid_logits",
     "task_aware_metric",
     "teacher_confidence",
 ]
@@ -283,6 +284,28 @@ def product_logits(first: Tensor, second: Tensor) -> Tensor:
     """
     x, y = at_least_float32(first), at_least_float32(second)
     return -torch.logaddexp(torch.logaddexp(-x, -y), -x - y)
+
+
+def sigmoid_logits(scores: Tensor) -> Tensor:
+    """Compute logits whose sigmoid is the softmax of ``scores``: a score less the logsumexp of the others.
+
+    The library scores every class by itself; with these, it scores as a softmax detector does. Drop the background's
+    channel afterwards.
+
+    Args:
+        scores: ``(…, C)`` before the softmax.
+
+    Example:
+        >>> scores = torch.tensor([1.0, 2.0, 3.0])
+        >>> torch.allclose(sigmoid_logits(scores).sigmoid(), scores.softmax(dim=0))
+        True
+    """
+    log_p = at_least_float32(scores).log_softmax(dim=-1)
+    best = log_p.argmax(dim=-1, keepdim=True)
+    others = log_p.scatter(-1, best, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    # 1 − p loses all digits where p is nearly 1, which only the best can be: its odds are against the others' sum.
+    small = log_p.scatter(-1, best, -1.0)
+    return (small - torch.log1p(-small.exp())).scatter(-1, best, log_p.gather(-1, best) - others)
 
 
 def distillation_normalizer(confidence: Tensor, threshold: float = 0.05) -> Tensor:

@@ -162,7 +162,7 @@ def symptom_of_logits(logits: Tensor) -> PredictionError | None:
     """Find out whether logits of the first image are probabilities, of a sigmoid or a softmax, or its logarithms."""
     x = logits[:1].detach().float()
     classes = x.shape[-1]
-    softmax = "return sigmoid_logits(scores), of examples/third_party/ssdlite_detector.py, without the background"
+    softmax = "return functional.sigmoid_logits(scores) without the background's channel"
     if float(x.std(dim=1, correction=0).amax()) == 0:
         return None  # an output convolution of zeros
     if classes > 1 and bool((x.exp().sum(dim=-1) - 1).abs().amax() < 1e-5):

@@ -6,10 +6,10 @@ import os
 
 import pytest
 import torch
-from ssdlite_detector import SSDLiteAdapter, sigmoid_logits
+from ssdlite_detector import SSDLiteAdapter
 from torch import Tensor
 
-from crosskd_assign import DensePredictions, DetectorAdapter, EndToEndDetector
+from crosskd_assign import DensePredictions, DetectorAdapter, EndToEndDetector, functional
 from crosskd_assign.postprocessing import suppress, top_detections
 from crosskd_assign.structures import Batch
 from tests.third_party.makers import CLASSES, SIZE, make_detector
@@ -117,7 +117,7 @@ def test_ssdlite_detects_what_its_own_inference_detects():
 @pytest.mark.parametrize("spread", [1.0, 10.0, 200.0])
 def test_sigmoids_of_the_logits_are_the_softmax_with_finite_gradients(spread):
     scores = (spread * torch.randn(50, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    logits = sigmoid_logits(scores)
+    logits = functional.sigmoid_logits(scores)
     exact = scores.detach().double().softmax(dim=-1)
     torch.testing.assert_close(logits.detach().double().sigmoid(), exact, rtol=1e-4, atol=1e-7)
     against = logits.detach().double().neg().sigmoid()  # 1 − p, to its own last digits
