@@ -101,8 +101,8 @@ def export_onnx(
         box_tolerance: Largest difference of a box's side that is, in pixels.
 
     Raises:
-        ExportError: A package is missing or too old, the detector cannot be traced, its graph has data-dependent
-            shapes, or onnxruntime finds something else than the detector.
+        ExportError: A package is missing or too old, there is no such folder, the detector cannot be traced, its graph
+            has data-dependent shapes, or onnxruntime finds something else than the detector.
         OptionError: An option is out of range.
         ImageError: ``images`` do not fit ``image_size``.
         UnknownDetectorError: No built-in adapter fits the model.
@@ -116,8 +116,10 @@ def export_onnx(
         >>> report.input_shape  # doctest: +SKIP
         (1, 3, 64, 64)
     """
-    # 1. What is exported: a copy, in float32.
+    # 1. What is exported: a copy, in float32, to where a file can be.
     packages = _required_packages()
+    path = Path(path)
+    _validate_place(path)
     validate_option("opset", opset, low=18)
     validate_option("batch_size", 1 if batch_size is None else batch_size, low=1)
     view = copy.deepcopy(TensorDetector(detector, preprocessing=preprocessing))
@@ -137,7 +139,6 @@ def export_onnx(
     _describe(model, view, probe, {"classes": str(predicted.shape[1]), **names, **(metadata or {})})
 
     # 4. A file, that replaces the old one once onnxruntime has found with it what the detector finds.
-    path = Path(path)
     unchecked = path.with_name(f".{path.name}.{os.getpid()}.unchecked")
     try:
         packages["onnx_ir"].save(model, unchecked)
@@ -148,6 +149,21 @@ def export_onnx(
     shape = tuple(size if isinstance(size, int) else str(size) for size in model.graph.inputs[0].shape)
     shapes = tuple(tuple(batch.shape) for batch in batches)
     return ExportReport(path, opset, shape, min(view.top_k, predicted.numel()), shapes, *gaps)
+
+
+def _validate_place(path: Path) -> None:
+    """Raise `ExportError` unless a file can be written there: tracing takes minutes."""
+    if path.is_dir():
+        got = "a folder"
+    elif not path.parent.is_dir():
+        got = "no such folder"
+    elif not os.access(path.parent, os.W_OK):
+        got = "a folder that cannot be written to"
+    else:
+        return
+    raise ExportError(
+        expected="a file in a folder that is there", got=got, where=f"{path}", fix="make the folder, or choose another"
+    )
 
 
 def _required_packages() -> dict[str, Any]:
