@@ -16,7 +16,7 @@ _SLOW = 1.5  # times as long as float32, beyond what a busy machine does to a me
 def slow_precision(
     name: str, device: torch.device, measure: Callable[[torch.dtype], float] | None = None
 ) -> str | None:
-    """Say in one line that a precision is slower than float32 here; None if it is not.
+    """Describe in one line that a precision is slower than float32 here; None if it is not.
 
     Autocast computes in any precision on any CPU, but fast only where the processor has instructions for it.
 
