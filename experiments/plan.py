@@ -73,11 +73,15 @@ class Base:
         title: Title in tables.
         options: Options of ``train.py``.
         taught: Whether it learns from a teacher, by default from a one-to-many run of the same network.
+        defaults: Options that a modifier may change.
+        converts: Whether it starts as its teacher, whole.
     """
 
     title: str
     options: Mapping[str, Option]
     taught: bool = False
+    defaults: Mapping[str, Option] = field(default_factory=dict)
+    converts: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Variant:
         origin: The variant it inherits from, if that is not its teacher; likewise.
         length: Epochs in units of the protocol's.
         larger: Whether it is the larger network.
+        converts: Whether it starts as its teacher, whole.
         order: Sorts variants as tables list them: by base, modifiers and length.
     """
 
@@ -129,6 +134,7 @@ class Variant:
     origin: str
     length: float
     larger: bool
+    converts: bool
     order: tuple[int, tuple[int, ...], float]
 
 
@@ -168,7 +174,7 @@ class Run:
     @property
     def epochs(self) -> int:
         """Passes over the training images."""
-        return round(SETS[self.data].epochs * variant(self.variant).length)
+        return max(1, round(SETS[self.data].epochs * variant(self.variant).length))
 
     @property
     def options(self) -> Options:
@@ -208,6 +214,7 @@ SETS = {
     "bccd": Protocol(30, {**_SMALL, "size": 192}),
     "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
     "highway": Protocol(25, {**_SMALL, "size": 192}, shared=_LARGE_TEACHERS),
+    "hit_uav": Protocol(12, {**_SMALL, "size": 256}, shared=_LARGE_TEACHERS),
     "coco_person": Protocol(
         8,
         {**_SMALL, **_MOBILENET, **_PERSON, "size": 256, "channels": 96},
@@ -244,6 +251,14 @@ BASES = {
         "feature imitation (weighted L2, weight 6)", {"arm": "weighted-imitation", "imitation": 6.0}, taught=True
     ),
     "cross-head": Base("cross-head", {"arm": "cross-head"}, taught=True),
+    # As `train.py --convert` does it, unless a word says otherwise.
+    "convert": Base(
+        "converted",
+        {},
+        taught=True,
+        defaults={"arm": "cross-head", "metric": "balanced", "selection": True},
+        converts=True,
+    ),
 }
 MODIFIERS = {
     # The network. The small network's head has two convolutions, so later entries need a deeper one.
@@ -256,6 +271,13 @@ MODIFIERS = {
     "yolox": Modifier("teacher YOLOX-nano", {"teacher": f"{_FOREIGN}:yolox_nano"}),
     # The start: backbone and neck of a one-to-many run of the same network.
     "inherit": Modifier("inheriting", inherits=True),
+    "further": Modifier("trained further", {"inherit_head": True}, inherits=True),
+    # What of a conversion learns, and from what.
+    "frozen": Modifier("only the selection branch", {"freeze": "all", "arm": "one-to-one"}),
+    "head": Modifier("only the head", {"freeze": "backbone-neck"}),
+    "undistilled": Modifier("no distillation", {"arm": "one-to-one"}),
+    "unselected": Modifier("no selection branch", {"selection": False}),
+    "selection": Modifier("selection branch", {"selection": True}),
     # Distillation.
     "decay": Modifier("fading", {"distill_decay": "cosine"}),
     "warmup": Modifier("warmed up", {"distill_warmup": 0.2}),
@@ -268,11 +290,16 @@ MODIFIERS = {
     # The student's own training.
     "auxiliary": Modifier("auxiliary head", {"auxiliary_head": True}),
     "detached": Modifier("detached", {"detach": True}),
+    "poto": Modifier("POTO's metric", {"metric": "poto"}),
     "task-aligned": Modifier("task-aligned metric", {"metric": "task-aligned"}),
     "yolo": Modifier("YOLO's metric", {"metric": "yolo"}),
     "balanced": Modifier("balanced metric", {"metric": "balanced"}),
     "ranking": Modifier("ranking 0.25", {"ranking": 0.25}, numbered="ranking {:g}"),
     # The length.
+    "5pc": Modifier("5 % of the epochs", length=0.05),
+    "10pc": Modifier("10 % of the epochs", length=0.1),
+    "25pc": Modifier("25 % of the epochs", length=0.25),
+    "50pc": Modifier("50 % of the epochs", length=0.5),
     "2x": Modifier("twice as long", length=2),
     "3x": Modifier("three times as long", length=3),
 }
@@ -310,13 +337,14 @@ def variant(name: str) -> Variant:
     modifiers = [word.modifier for word in words]
 
     # 2. Collect the options.
-    options: Options = dict(base.options)
+    options: Options = {**base.defaults, **base.options}
     for modifier in modifiers:
         options |= modifier.options
     foreign = "teacher" in options
     lengths = [modifier.length for modifier in modifiers if modifier.length]
     teachers = [modifier.teacher for modifier in modifiers if modifier.teacher]
-    twice = len(options) < len(base.options) + sum(len(modifier.options) for modifier in modifiers)
+    written = [*base.options, *(option for modifier in modifiers for option in modifier.options)]
+    twice = len(set(written)) < len(written)
     if twice or len(lengths) > 1 or len(teachers) + foreign > 1:
         raise PlanError(
             expected="words that do not contradict each other",
@@ -342,7 +370,7 @@ def variant(name: str) -> Variant:
     larger = any(modifier.larger for modifier in modifiers)
     length = lengths[0] if lengths else 1.0
     order = list(BASES).index(first), tuple(word.place for word in words if not word.modifier.length), length
-    return Variant(name, title, options, teacher, origin, length, larger, order)
+    return Variant(name, title, options, teacher, origin, length, larger, base.converts, order)
 
 
 class _Word(NamedTuple):
@@ -421,6 +449,21 @@ STUDIES = {
         "cross-head-large-inherit-decay",
         "cross-head-large-inherit-decay-features",
         "cross-head-large-inherit-decay-ranking",
+    ),
+    "convert": (
+        *(f"one-to-many-further{length}" for length in ("-10pc", "-25pc", "")),
+        *(
+            f"convert{words}{length}"
+            for length in ("-5pc", "-10pc", "-25pc", "-50pc", "")
+            for words in ("", "-frozen", "-undistilled", "-unselected", "-poto")
+        ),
+        *(
+            f"convert{words}-{length}"
+            for length in ("10pc", "25pc")
+            for words in ("-features", "-head-undistilled", "-head-entry-2")
+        ),
+        "one-to-one-inherit-10pc",
+        "one-to-one-inherit-25pc",
     ),
     "longer": (
         "one-to-many-2x",

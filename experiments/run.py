@@ -63,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(run.key for run in left))
         return 0
     # 3. Train the others.
-    with ThreadPoolExecutor(options.jobs) as pool:
-        done = list(pool.map(runner.execute, left))
-    return min(9, done.count(False))
+    return min(9, runner.execute(left, options.jobs))
 
 
 def _study(name: str) -> str:
@@ -89,8 +87,11 @@ class Runner:
 
     def __init__(self, data_root: Path, work: Path, results: Path) -> None:
         self.data_root, self.work, self.results = data_root, work, results
-        self.lock = threading.Lock()
-        self.finished: dict[Run, threading.Event] = {}
+        self.lock = threading.Lock()  # of files
+        self.changed = threading.Condition()  # of the three below
+        self.waiting: list[Run] = []
+        self.running: set[Run] = set()
+        self.failed: set[Run] = set()
         lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
         self.lines: dict[str, dict[str, Any]] = {line["run"]: line for line in map(json.loads, lines)}
 
@@ -115,24 +116,45 @@ class Runner:
     def _has_weights(self, run: Run) -> bool:
         return (self.work / run.key / "model.json").exists()
 
-    def execute(self, run: Run) -> bool:
-        """Train, score and record a run, after those it needs; return whether it succeeded."""
-        with self.lock:
-            done = self.finished.setdefault(run, threading.Event())
-        try:
-            # 1. Wait for the runs it needs.
-            for need in run.needs:
-                while not self._has_weights(need):
-                    with self.lock:
-                        event = self.finished.setdefault(need, threading.Event())
-                    if event.is_set():
-                        print(f"skipped {run.key}: {need.key} failed", flush=True)
-                        return False
-                    event.wait(1.0)
-            # 2. Train, and wake the runs that wait for this one.
-            return self._train(run)
-        finally:
-            done.set()
+    def execute(self, runs: Sequence[Run], jobs: int = 1) -> int:
+        """Train, score and record runs, each after those it needs; return how many failed or lacked one they need."""
+        self.waiting, self.failed = list(runs), set()
+        with ThreadPoolExecutor(jobs) as pool:
+            for worker in [pool.submit(self._work) for _ in range(jobs)]:
+                worker.result()
+        return len(self.failed)
+
+    def _work(self) -> None:
+        while (run := self._next()) is not None:
+            succeeded = False
+            try:
+                succeeded = self._train(run)
+            finally:
+                with self.changed:
+                    self.running.remove(run)
+                    self.failed |= set() if succeeded else {run}
+                    self.changed.notify_all()
+
+    def _next(self) -> Run | None:
+        """Wait until a run can start, and take the first that can: no worker idles while there is one."""
+        with self.changed:
+            while self.waiting:
+                # 1. Give up those that need a failed one, and those that need these.
+                for run in list(self.waiting):
+                    if not self.failed.isdisjoint(run.needs):
+                        print(f"skipped {run.key}: what it needs failed", flush=True)
+                        self.waiting.remove(run)
+                        self.failed.add(run)
+                # 2. Take the first that needs nothing unfinished.
+                unfinished = {*self.waiting, *self.running}
+                for run in self.waiting:
+                    if unfinished.isdisjoint(run.needs):
+                        self.waiting.remove(run)
+                        self.running.add(run)
+                        return run
+                if self.waiting:
+                    self.changed.wait()
+            return None
 
     def _train(self, run: Run) -> bool:
         """Train, score and record a run whose needs are there; return whether it succeeded."""
@@ -147,7 +169,8 @@ class Runner:
         command = [str(SCRIPTS / "train.py"), "--output", str(folder), *self._flags(run.options)]
         command += ["--data-path", str(self._data(run)), "--log-every", "100"]
         if run.teacher is not None:
-            command += ["--teacher", str(self.work / run.teacher.key)]
+            flag = "--convert" if variant(run.variant).converts else "--teacher"
+            command += [flag, str(self.work / run.teacher.key)]
         if run.origin is not None:
             command += ["--inherit-from", str(self.work / run.origin.key)]
         begun = time.time()
@@ -214,7 +237,9 @@ class Runner:
                 flags.append(flag)
             elif name == "backbone_weights":
                 flags += [flag, str(self.data_root / str(value))]
-            elif value is not False:
+            elif value is False:
+                flags.append(f"--no-{flag[2:]}")
+            else:
                 flags += [flag, str(value)]
         return flags
 

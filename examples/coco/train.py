@@ -117,7 +117,7 @@ def _inherit(options: Options, model: nn.Module, teacher: nn.Module | None, work
     # 1. From what, and which parts.
     given = options.teachers
     origin = teacher if given.inherit or given.convert else None
-    parts = ("backbone", "neck", "head") if given.convert else ("backbone", "neck")
+    parts = ("backbone", "neck", "head") if given.convert or given.inherit_head else ("backbone", "neck")
     if given.inherit_from:
         origin, _ = load_teacher(given.inherit_from, options.model)
     if origin is None:

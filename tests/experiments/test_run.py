@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import plan
@@ -44,6 +45,27 @@ def test_images_held_out_are_a_quarter_of_the_training_images_and_no_others(scen
     for part in parts:
         ids = {image["id"] for image in part["images"]}
         assert all(box["image_id"] in ids for box in part["annotations"])
+
+
+def test_whatever_can_start_starts_and_students_of_a_failed_teacher_do_not(tmp_path, monkeypatch):
+    runner = Runner(tmp_path, tmp_path, tmp_path / "runs.jsonl")
+    teacher, student, other = (
+        Run("bccd", "final", name, 0) for name in ("one-to-many", "cross-head-large-inherit", "one-to-one")
+    )
+    large, other_began, order = Run("bccd", "final", "one-to-many-large", 0), threading.Event(), list[Run]()
+
+    def train(run: Run) -> bool:
+        order.append(run)
+        if run == other:
+            other_began.set()
+        elif run == large:
+            assert other_began.wait(20)  # the second worker has not waited behind the student for this teacher
+        return run != large
+
+    monkeypatch.setattr(runner, "_train", train)
+    assert runner.execute([teacher, large, student, other], jobs=2) == 2
+    assert set(order) == {teacher, large, other}
+    assert runner.failed == {large, student}
 
 
 @pytest.mark.slow

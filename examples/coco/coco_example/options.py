@@ -98,6 +98,7 @@ class TeacherOptions:
     ] = ""
     inherit: Annotated[bool, "start with the tensors of the teacher's backbone and neck that fit"] = False
     inherit_from: Annotated[str, "start with those of this detector instead, named as a --teacher is"] = ""
+    inherit_head: Annotated[bool, "inherit the tensors of its head, too"] = False
     teacher_floor: Annotated[float, "refuse a teacher whose AP on validation images is below this"] = 0.01
 
 
@@ -256,7 +257,7 @@ def _add_arguments(add: Callable[..., Any], kind: type[Any]) -> None:
         value, text = get_args(types[option.name])
         flag = _flag(option.name)
         if value is bool:
-            add(flag, action="store_true", help=text)
+            add(flag, action=argparse.BooleanOptionalAction, default=option.default, help=text)
         elif get_origin(value) is Literal:
             add(flag, choices=get_args(value), default=option.default, help=text)
         else:
@@ -315,6 +316,10 @@ def _conflict(options: Options) -> str | None:
         (
             teachers.inherit and bool(teachers.inherit_from),
             "expected --inherit or --inherit-from, but got both",
+        ),
+        (
+            teachers.inherit_head and not (teachers.inherit or teachers.inherit_from),
+            "expected --inherit or --inherit-from for --inherit-head, but got neither",
         ),
         (
             dataset.data != "demo" and not Path(dataset.data_path).exists(),
