@@ -450,20 +450,30 @@ STUDIES = {
         "cross-head-large-inherit-decay-features",
         "cross-head-large-inherit-decay-ranking",
     ),
-    "convert": (
-        *(f"one-to-many-further{length}" for length in ("-10pc", "-25pc", "")),
-        *(
-            f"convert{words}{length}"
-            for length in ("-5pc", "-10pc", "-25pc", "-50pc", "")
-            for words in ("", "-frozen", "-undistilled", "-unselected", "-poto")
-        ),
-        *(
-            f"convert{words}-{length}"
-            for length in ("10pc", "25pc")
-            for words in ("-features", "-head-undistilled", "-head-entry-2")
-        ),
-        "one-to-one-inherit-10pc",
-        "one-to-one-inherit-25pc",
+    # Converting a trained detector: what of it learns, and from what.
+    "convert-screen": tuple(
+        f"{words}-{length}"
+        for length in ("10pc", "25pc")
+        for words in (
+            "one-to-many-further",
+            "one-to-one-inherit",
+            "convert",
+            "convert-frozen",
+            "convert-undistilled",
+            "convert-unselected",
+            "convert-poto",
+            "convert-features",
+            "convert-head-undistilled",
+            "convert-head-entry-2",
+        )
+    ),
+    # What it costs: the curve.
+    "convert-curve": (
+        *(f"{words}-{share}pc" for share in (5, 10, 25, 50) for words in ("convert", "convert-frozen")),
+        "convert",
+        "convert-frozen",
+        "one-to-many-further-25pc",
+        "one-to-many-further",
     ),
     "longer": (
         "one-to-many-2x",
