@@ -1,8 +1,8 @@
-"""Write the tables and plots of docs/results.md from the recorded runs.
+"""Write the tables and plots of docs/results.md and docs/results/ from the recorded runs.
 
 python experiments/tables.py
 
-A table replaces what stands between ``<!-- table: SET SPLIT -->`` and ``<!-- end -->`` in the document; likewise
+A table replaces what stands between ``<!-- table: SET SPLIT -->`` and ``<!-- end -->`` in a document; likewise
 ``gains: SETS SPLIT``, which may end in ``over VARIANT``, and ``memory: SETS SPLIT``. APs are per cent, mean ± standard
 deviation over seeds. Rows whose lines have a ``note`` are marked, and a footnote repeats it.
 """
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # 1. Read the lines.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "runs.jsonl", help="JSON lines of the runs")
-    parser.add_argument("--document", type=Path, default=DOCS / "results.md", help="document to fill in")
+    pages = [DOCS / "results.md", *sorted((DOCS / "results").glob("*.md"))]
+    parser.add_argument("--documents", type=Path, nargs="+", default=pages, help="documents to fill in")
     parser.add_argument("--images", type=Path, default=DOCS / "images", help="folder for the plots")
     options = parser.parse_args(arguments)
     lines = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
@@ -52,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         made = makers[kind](lines, data.split(","), split, **({"over": over} if over else {}))
         return f"{begin}\n{made}\n\n{end}"
 
-    text = options.document.read_text(encoding="utf-8")
-    options.document.write_text(_TABLE.sub(filled, text), encoding="utf-8")
+    for document in options.documents:
+        document.write_text(_TABLE.sub(filled, document.read_text(encoding="utf-8")), encoding="utf-8")
     # 3. Draw the plots.
     for data in SETS:
         found = grouped(lines, data, "final")

@@ -39,7 +39,7 @@ def test_tables_and_plots_say_what_the_lines_say(tmp_path):
         "memory: bccd final",
     )
     document.write_text("before\n" + "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names) + "after\n")
-    arguments = ["--results", results, "--document", document, "--images", tmp_path]
+    arguments = ["--results", results, "--documents", document, "--images", tmp_path]
     tables.main([str(argument) for argument in arguments])
     text = document.read_text()
     assert text.startswith("before\n")
