@@ -10,7 +10,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet $(if $(OLDEST),--constraint $(VENV)/oldest.txt)
 
-.PHONY: demo test quick slow third-party lint clean help
+.PHONY: demo test quick slow third-party lint docs clean help
 
 demo: $(VENV)/.coco ## Draw scenes, train a teacher and a distilled student on the CPU, compare them (5 to 12 minutes).
 	$(BIN)/python examples/coco/demo.py --output runs/demo
@@ -33,6 +33,9 @@ lint: $(VENV)/.dev ## Check style, format and types.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev ## Build the site in docs/_build/html; a warning or a link that leads nowhere is an error.
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 
 $(VENV)/.coco: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,10 @@
 """README and docs: the code they show runs, and what they name exists."""
 
+import importlib
+import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -106,3 +109,27 @@ def test_shown_commands_use_options_that_exist(script, monkeypatch, capsys):
     assert not ended.value.code
     known = set(re.findall(r"(--[a-z-]+)", capsys.readouterr().out))
     assert not shown_commands()[script] - known
+
+
+def test_the_reference_has_every_public_name():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"automodule:: (\S+)", pages))
+    surface = json.loads((ROOT / "tests" / "api_surface.json").read_text(encoding="utf-8"))
+    assert len(shown) > 20
+    for room in surface:
+        module = importlib.import_module(f"crosskd_assign.{room}".rstrip("."))
+        for name in module.__all__:
+            home = getattr(getattr(module, name), "__module__", module.__name__)
+            if home.startswith("crosskd_assign"):  # an alias of a type has none of its own
+                assert shown & {home, module.__name__}, f"{name} of {home}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("furo")
+    pytest.importorskip("myst_nb")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(tmp_path / "site")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "reference" / "distillation.html").read_text(encoding="utf-8")
+    assert 'id="crosskd_assign.distillation.cross_head.CrossHeadDistiller"' in page

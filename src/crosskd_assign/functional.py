@@ -330,7 +330,7 @@ def distillation_normalizer(confidence: Tensor, threshold: float = 0.05) -> Tens
 def cross_head_classification_loss(
     cross_logits: Tensor, teacher_logits: Tensor, *, normalizer: Tensor | float, gamma: float = 1.0
 ) -> Tensor:
-    """Σ |σ(z_x) − q|ᵞ · BCE(z_x, q) with q = σ(z_t): zero, with zero gradient, where the two agree (γ > 0).
+    """``Σ |σ(z_x) − q|ᵞ · BCE(z_x, q)`` with q = σ(z_t): zero, with zero gradient, where the two agree (γ > 0).
 
     Source: quality focal loss, Li et al., "Generalized Focal Loss", NeurIPS 2020, eq. 2, on soft labels; γ = 1 as in
     CrossKD (Wang et al., CVPR 2024). γ = 0 is plain binary cross-entropy.
