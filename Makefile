@@ -10,7 +10,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet $(if $(OLDEST),--constraint $(VENV)/oldest.txt)
 
-.PHONY: demo test quick slow third-party lint docs clean help
+.PHONY: demo test quick slow third-party web lint docs clean help
 
 demo: $(VENV)/.coco ## Draw scenes, train a teacher and a distilled student on the CPU, compare them (5 to 12 minutes).
 	$(BIN)/python examples/coco/demo.py --output runs/demo
@@ -26,8 +26,14 @@ slow: $(VENV)/.dev ## Run the tests that take longer.
 	$(PYTEST) -m slow
 
 # ultralytics is AGPL-3.0 and brings OpenCV.
-third-party: $(VENV)/.third-party ## Run the tests with detectors of other packages (effdet, ultralytics).
-	YOLO_OFFLINE=true YOLO_CONFIG_DIR=$(abspath $(VENV)) $(BIN)/python -m pytest tests/third_party
+third-party: $(VENV)/.third-party ## Run the tests with detectors and training loops of other packages.
+	YOLO_OFFLINE=true YOLO_CONFIG_DIR=$(abspath $(VENV)) $(BIN)/python -m pytest tests/third_party tests/examples/trainers -m "slow or not slow"
+
+web: examples/web/vendor ## Fetch onnxruntime-web from npm for examples/web, whose tests drive a headless Chromium.
+
+examples/web/vendor: examples/web/package-lock.json examples/web/build.mjs
+	cd examples/web && npm ci --ignore-scripts --no-audit --no-fund && npm run build
+	touch $@
 
 lint: $(VENV)/.dev ## Check style, format and types.
 	$(BIN)/ruff check
@@ -53,7 +59,7 @@ $(VENV)/.dev: $(VENV)/.coco
 	touch $@
 
 $(VENV)/.third-party: $(VENV)/.dev
-	$(INSTALL) effdet ultralytics
+	$(INSTALL) effdet ultralytics --editable ".[lightning,accelerate]"
 	touch $@
 
 clean: ## Remove the environment, what was built, and caches.
