@@ -83,8 +83,8 @@ def best_thresholds(
     among those that are left, if by ``iou_threshold`` or more: it is right, and all others are wrong. A further report
     of an object is wrong, too. What lies in a region to ignore is neither.
 
-    A threshold stands halfway between the last score that is kept and the next one below, so that rounding changes
-    nothing; of thresholds with the same F1 it is the highest.
+    A threshold stands halfway between the last score that is kept and the next one below, if there is one, so that
+    rounding changes nothing; of thresholds with the same F1 it is the highest.
 
     Choose thresholds on images that were not trained on, and report F1 on yet others.
 
