@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,7 +73,7 @@ def test_a_filter_after_the_best_were_selected_loses_objects_and_this_one_does_n
 @torch.no_grad()
 @pytest.mark.parametrize("one_class", [False, True])
 def test_detectors_of_both_kinds_and_tensors_take_the_options(one_class):
-    options = {"one_class_per_point": one_class, "classes": [2, 0]}
+    options = {"one_class_per_point": one_class, "classes": np.array([2, 0])}
     adapter, images = tiny_detector(), random_images(2)
     detector = EndToEndDetector(adapter, top_k=30, **options).eval()
     batch, _ = adapter.preprocess(images)

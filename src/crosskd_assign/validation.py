@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,12 @@ def validate_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def validate_classes(classes: Iterable[int], num_classes: int | None = None) -> tuple[int, ...]:
     """Sort the labels of a filter, each once; raise `OptionError` unless they are labels, and one at least."""
-    chosen = tuple(sorted(set(classes)))
+    given: list[Any] = list(classes)  # numbers of NumPy among them
     high = float("inf") if num_classes is None else num_classes - 1
     wrong = [
-        label for label in chosen if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= high
+        label for label in given if isinstance(label, bool) or not isinstance(label, Integral) or not 0 <= label <= high
     ]
-    if wrong or not chosen:
+    if wrong or not given:
         last = "" if num_classes is None else f"{num_classes - 1}"
         raise OptionError(
             expected=f"classes among the labels 0…{last}",
@@ -71,7 +72,7 @@ def validate_classes(classes: Iterable[int], num_classes: int | None = None) -> 
             where="classes",
             fix="list class channels of the detector, or leave classes out to keep all",
         )
-    return chosen
+    return tuple(sorted({int(label) for label in given}))
 
 
 def validate_images(images: Sequence[Tensor] | Tensor) -> None:
