@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,9 @@ def validate_classes(classes: Iterable[int], num_classes: int | None = None) -> 
     given: list[Any] = list(classes)  # numbers of NumPy among them
     high = float("inf") if num_classes is None else num_classes - 1
     wrong = [
-        label for label in given if isinstance(label, bool) or not isinstance(label, Integral) or not 0 <= label <= high
+        label
+        for label in given
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label <= high
     ]
     if wrong or not given:
         last = "" if num_classes is None else f"{num_classes - 1}"
