@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torchvision.models.detection import FCOS
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 from crosskd_assign import TaskAwareOneToOneAssigner, adapt
 from crosskd_assign.diagnostics import (
@@ -110,6 +110,65 @@ def test_without_a_found_object_the_rate_is_nan_and_the_margin_zero():
 def test_detections_and_targets_must_be_of_the_same_images():
     with pytest.raises(ValueError, match="zip"):
         duplicate_report([detection()], [])
+
+
+# --- duplicates across classes ----------------------------------------------------------------------------------------
+
+
+def brute_force_across(found: Detection, truth: Target, least: float = 0.05, relative: float = 0.3) -> int:
+    """Count reports under another class, one pair of boxes after the other."""
+    overlap = box_iou(found["boxes"], truth["boxes"]).tolist()
+    scores, labels, own = found["scores"].tolist(), found["labels"].tolist(), truth["labels"].tolist()
+    best: dict[int, float] = {}
+    strays = []
+    for d, row in enumerate(overlap):
+        mine = [(o, -g) for g, o in enumerate(row) if own[g] == labels[d] and o >= 0.5]
+        if not mine:
+            strays.append(d)
+        elif scores[d] >= least:
+            g = -max(mine)[1]
+            best[g] = max(best.get(g, 0.0), scores[d])
+    count = 0
+    for d in strays:
+        others = [(overlap[d][g], -g) for g in best if own[g] != labels[d] and overlap[d][g] >= 0.5]
+        count += bool(others) and scores[d] >= max(least, relative * best[-max(others)[1]])
+    return count
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_reports_across_classes_are_those_that_brute_force_counts(seed):
+    truth = random_targets([12, 0, 5], seed=seed, kind="crowded" if seed % 2 else "scattered")
+    made = random_predictions(truth, GRIDS[1], seed=seed)
+    found = [
+        Detection(
+            boxes=b.repeat(3, 1), scores=s.T.flatten().sigmoid(), labels=torch.arange(3).repeat_interleave(len(b))
+        )
+        for b, s in zip(made.boxes, made.logits, strict=True)
+    ]
+    report = duplicate_report(found, truth)
+    expected = sum(brute_force_across(d, t) for d, t in zip(found, truth, strict=True))
+    assert report.across_classes == expected > 0
+    assert report.rate_across_classes == expected / report.found
+
+
+def test_a_report_across_classes_has_no_object_of_its_own_and_can_be_seen():
+    found = detection(
+        (A, 1.0, 1),
+        (HALF_A, 0.75, 2),  # counts, by exactly the threshold
+        (A, 0.3, 0),  # counts, just seen beside the best
+        (A, 0.29, 3),  # too faint beside it
+        (LESS_OF_A, 0.9, 2),  # overlaps too little
+        (B, 0.9, 2),  # has an object of its own
+        (B, 0.04, 1),  # too faint at all
+        ([50.0, 50, 60, 60], 0.9, 2),  # where an object of another class was missed
+    )
+    truth = target((A, 1), (B, 2), ([50.0, 50, 60, 60], 1))
+    report = duplicate_report([found], [truth])
+    assert (report.found, report.duplicates, report.across_classes) == (2, 0, 2)
+    assert report.rate_across_classes == 1
+    assert math.isnan(duplicate_report([detection()], [truth]).rate_across_classes)
+    same_place = duplicate_report([detection((A, 0.9, 1), (A, 0.8, 2), (A, 0.7, 2))], [target((A, 1), (A, 2))])
+    assert (same_place.duplicates, same_place.across_classes) == (1, 0)
 
 
 # --- suppression ------------------------------------------------------------------------------------------------------

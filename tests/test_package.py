@@ -49,6 +49,7 @@ INSIDE = {
     "kernels": [{"triton"}, {"chunked"}],
     "assignment": [{"candidates"}, {"lookup"}, {"matching"}, {"assigner", "one_to_many"}],
     "detectors": [{"base"}, {"probing", "resizing", "functions", "torchvision"}, {"entry"}],
+    "diagnostics": [{"duplicates", "thresholds"}, {"comparisons"}],
     "distillation": [{"schedule", "aligner"}, {"distiller", "inherit"}, {"cross_head"}],
     "export": [{"tensor_detector"}, {"compare"}, {"onnx"}],
     "testing": [{"report"}, {"examination"}, {"shapes", "inputs", "positions", "robustness", "gradients"}, {"units"}],

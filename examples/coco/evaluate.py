@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,22 @@ from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
 from coco_example.data.preflight import judge_boxes, judge_pictures
 from coco_example.data.reader import read_coco
-from coco_example.data.values import Identifier
+from coco_example.data.values import Identifier, key_of
+from coco_example.errors import printable
 from coco_example.evaluation.coco_metrics import coco_results
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, detect, score, table
+from coco_example.evaluation.operating_point import describe_thresholds, threshold_table
 from coco_example.files import write_json, write_whole
 from coco_example.models.saved_model import load_model
+from coco_example.models.score_thresholds import ScoreThresholds
 from coco_example.models.teachers import python_detector
 
 from crosskd_assign import adapt
+from crosskd_assign.structures import Detection
 
 __all__ = ["main"]
+
+CHOSEN_ON = {"train": "training images", "val": "validation images", "test": "test images"}
 
 
 def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Identifier], list[Category] | None, Any]:
@@ -41,11 +47,13 @@ def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Iden
     given = options.top_k
     if options.run is None:
         own, labels = python_detector(options.detector)
-        detector = Detector(own.to(options.device), ranking, Detector.top_k if given is None else given)
+        top_k = Detector.top_k if given is None else given
+        detector = Detector(own.to(options.device), ranking, top_k, bool(options.one_class_per_point))
         return detector, labels, None, options.detector
     model, spec = load_model(options.run)
     adapter, top_k = adapt(model.to(options.device)), spec.model.top_k if given is None else given
-    detector = Detector(adapter, ranking if spec.one_to_many else "class", top_k)
+    one_class = spec.model.one_class_per_point if options.one_class_per_point is None else options.one_class_per_point
+    detector = Detector(adapter, ranking if spec.one_to_many else "class", top_k, one_class)
     return detector, spec.label_to_category, [Category(*category) for category in spec.categories], spec.as_flat()
 
 
@@ -66,6 +74,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
     parser.add_argument("--nms-threshold", type=float, default=NMS_THRESHOLD, help="IoU threshold of NMS")
     parser.add_argument("--top-k", type=int, default=None, help="detections of an image that count; none: the run's")
+    parser.add_argument(
+        "--one-class-per-point",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let each point report its best class only; none: as the run",
+    )
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write the scores to")
     parser.add_argument(
         "--results", type=Path, default=None, help="JSON file to write the detections to, as COCO's tools read them"
@@ -98,14 +112,32 @@ def run(options: argparse.Namespace) -> None:
     # 3. Report.
     print(index.report)
     print(table([("without NMS", result.plain, result.duplicates), ("with NMS", result.nms, result.duplicates_nms)]))
+    many = detector.ranking == "class_quality"
+    chosen, where = result.usable(with_nms=many), CHOSEN_ON[options.split]
+    known = {key_of(category.id): category.name for category in index.categories}
+    names = {label: known.get(key_of(category), str(category)) for label, category in categories.items()}
+    print("\n" + printable(threshold_table(chosen, names, chosen_on=where, with_nms=many)))
+    used = found.suppressed if many else found.plain
+    _report_cuts(used, detector.top_k, ScoreThresholds.of_best_f1(chosen, where), categories)
     if options.output is not None:
-        write_json(options.output, {"spec": described, "scores": result.as_dict()})
+        thresholds = describe_thresholds(chosen, names, chosen_on=where, with_nms=many)
+        write_json(options.output, {"spec": described, "scores": result.as_dict(), "thresholds": thresholds})
         print(json.dumps({"written": str(options.output)}))
     if options.results is not None:
-        detections = found.suppressed if detector.ranking == "class_quality" else found.plain
-        rows = coco_results(detections, found.image_ids(index), categories)
+        rows = coco_results(used, found.image_ids(index), categories)
         write_whole(options.results, json.dumps(rows).encode())  # on one line: there may be millions
         print(json.dumps({"written": str(options.results)}))
+
+
+def _report_cuts(
+    detections: Sequence[Detection], top_k: int, thresholds: ScoreThresholds | None, labels: Iterable[int]
+) -> None:
+    """Say in how many images top-k may have dropped what a threshold would have kept."""
+    if thresholds is None:
+        return
+    cut = sum(thresholds.cuts(detection, top_k, labels) for detection in detections)
+    if cut:
+        say(thresholds.warn_of_cuts(cut, len(detections), top_k))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

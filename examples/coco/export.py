@@ -14,6 +14,7 @@ from typing import Any
 
 from coco_example.commands import CommandParser, run_command
 from coco_example.errors import RunError
+from coco_example.models.class_filter import labels_of
 from coco_example.models.detectors import selection_of
 from coco_example.models.saved_model import load_model
 
@@ -32,6 +33,8 @@ def export(
     preprocessing: Preprocessing = "inside",
     top_k: int | None = None,
     opset: int = 18,
+    classes: Sequence[str] | None = None,
+    one_class_per_point: bool | None = None,
 ) -> ExportReport:
     """Export the detector of a run, with the names of its classes and the size it was trained at, in pixels.
 
@@ -42,9 +45,11 @@ def export(
         preprocessing: Whether the file resizes images itself.
         top_k: Detections of an image; None: the run's.
         opset: ONNX operator set.
+        classes: Names or ids of the classes to detect; None: all.
+        one_class_per_point: Whether each point reports its best class only; None: as the run.
 
     Raises:
-        RunError: There is no finished run, or its detector needs NMS.
+        RunError: There is no finished run, its detector needs NMS, or it lacks a class.
     """
     model, spec = load_model(run)
     if spec.one_to_many:
@@ -55,8 +60,15 @@ def export(
             fix="export one trained with --arm one-to-one or cross-head",
         )
     transform: Any = model.transform
+    detector = EndToEndDetector(
+        model,
+        selection=selection_of(model),
+        top_k=spec.model.top_k if top_k is None else top_k,
+        one_class_per_point=spec.model.one_class_per_point if one_class_per_point is None else one_class_per_point,
+        classes=labels_of(classes, spec.label_to_name, spec.label_to_category),
+    )
     return export_onnx(
-        EndToEndDetector(model, selection=selection_of(model), top_k=spec.model.top_k if top_k is None else top_k),
+        detector,
         path,
         image_size=image_size,
         preprocessing=preprocessing,
@@ -66,6 +78,8 @@ def export(
             "backbone": spec.model.backbone,
             "short_side": str(transform.min_size[-1]),
             "long_side": str(transform.max_size),
+            "category_ids": json.dumps(spec.label_to_category, ensure_ascii=False),
+            **({} if spec.thresholds is None else spec.thresholds.as_metadata()),
         },
         opset=opset,
     )
@@ -86,6 +100,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="inside: images as they come; outside: already resized and padded (inside)",
     )
     parser.add_argument("--top-k", type=int, default=None, help="detections of an image (the run's)")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="classes to detect, by name or id, before top-k (all)",
+    )
+    parser.add_argument(
+        "--one-class-per-point",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let each point report its best class only (as the run)",
+    )
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set (18)")
     return parser.parse_args(arguments)
 
@@ -100,6 +127,8 @@ def run(options: argparse.Namespace) -> None:
         preprocessing=options.preprocessing,
         top_k=options.top_k,
         opset=options.opset,
+        classes=options.classes,
+        one_class_per_point=options.one_class_per_point,
     )
     summary = {
         "file": str(path),

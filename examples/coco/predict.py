@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,7 +24,9 @@ from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, on_cpu
 from coco_example.evaluation.onnx_detector import OnnxDetector
 from coco_example.figures.draw import draw_predictions
+from coco_example.models.class_filter import labels_of
 from coco_example.models.saved_model import load_model
+from coco_example.models.score_thresholds import USUAL, ScoreThresholds
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -85,24 +88,67 @@ def read_image(path: Path) -> Tensor:
     return scaled
 
 
-def load_detector(options: argparse.Namespace) -> tuple[Detect, dict[int, str]]:
-    """Load the detector of a run or an exported file, and the name of each of its labels.
+@dataclass(frozen=True)
+class Loaded:
+    """A detector, and how it is used.
+
+    Attributes:
+        detect: Returns the detections of images.
+        class_names: Name of each label.
+        thresholds: Least scores of what is shown.
+        top_k: Detections of an image among which that is; None where an exported file does not tell.
+        classes: Labels that are shown; None for all.
+    """
+
+    detect: Detect
+    class_names: dict[int, str]
+    thresholds: ScoreThresholds
+    top_k: int | None
+    classes: tuple[int, ...] | None
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """The labels that are shown."""
+        return [*self.class_names] if self.classes is None else self.classes
+
+
+def load_detector(options: argparse.Namespace) -> Loaded:
+    """Load the detector of a run or an exported file.
 
     Raises:
-        RunError: There is no finished run or readable file.
+        RunError: There is no finished run or readable file, it lacks a class of ``--classes``, or a file is asked for
+            what is fixed in it.
         OptionError: ``--top-k`` is below 1.
     """
+    # 1. The options.
     if options.top_k is not None:
         validate_option("top_k", options.top_k, low=1)
+    given = None if options.score_threshold is None else ScoreThresholds(options.score_threshold)
+
+    # 2. A file, which has selected the best already.
     if options.model is not None:
+        if options.one_class_per_point is not None:
+            raise RunError(
+                expected="--one-class-per-point with --run",
+                got="it with --model",
+                where="--one-class-per-point",
+                fix="give it to export.py: it is part of the file",
+            )
         exported = OnnxDetector(options.model)
-        return exported, exported.class_names
+        classes = labels_of(options.classes, exported.class_names, exported.category_ids or None)
+        thresholds = given or exported.thresholds or USUAL
+        return Loaded(exported, exported.class_names, thresholds, exported.top_k, classes)
+
+    # 3. A run.
     model, spec = load_model(options.run)
+    classes = labels_of(options.classes, spec.label_to_name, spec.label_to_category)
     ranking: Ranking = "class_quality" if spec.one_to_many else "class"
     top_k = spec.model.top_k if options.top_k is None else options.top_k
-    detector = Detector(adapt(model.to(options.device)), ranking, top_k)
+    one_class = spec.model.one_class_per_point if options.one_class_per_point is None else options.one_class_per_point
+    detector = Detector(adapt(model.to(options.device)), ranking, top_k, one_class, classes)
     nms_threshold = NMS_THRESHOLD if spec.one_to_many else None  # only a one-to-many detector needs it
-    return partial(detector.detect, nms_threshold=nms_threshold), spec.label_to_name
+    detect = partial(detector.detect, nms_threshold=nms_threshold)
+    return Loaded(detect, spec.label_to_name, given or spec.thresholds or USUAL, top_k, classes)
 
 
 def detect_each(detect: Detect, images: Sequence[Tensor]) -> list[Detection | CrossKDError]:
@@ -139,9 +185,14 @@ class RowFile:
         self._file.close()
 
 
-def strongest(detection: Detection, threshold: float, top_k: int | None) -> Detection:
-    """Leave out detections that score less than a threshold, are not finite, or are beyond the ``top_k`` best."""
-    usable = (detection["scores"] >= threshold) & detection["boxes"].isfinite().all(dim=1)
+def strongest(
+    detection: Detection, thresholds: ScoreThresholds, top_k: int | None, classes: Sequence[int] | None = None
+) -> Detection:
+    """Leave out detections that score less than a threshold, are of other classes, not finite, or beyond ``top_k``."""
+    labels = detection["labels"].tolist()
+    limits = torch.tensor([thresholds.of(label) for label in labels], dtype=torch.float64)
+    wanted = torch.tensor([classes is None or label in classes for label in labels], dtype=torch.bool)
+    usable = wanted & (detection["scores"].double() >= limits) & detection["boxes"].isfinite().all(dim=1)
     keep = usable.nonzero().flatten()[:top_k]
     return {"boxes": detection["boxes"][keep], "scores": detection["scores"][keep], "labels": detection["labels"][keep]}
 
@@ -154,7 +205,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--run", type=Path, help="folder of a finished run")
     source.add_argument("--model", type=Path, help="ONNX file that export.py wrote; runs on the CPU")
     parser.add_argument("--output", type=Path, required=True, help="folder for detections.json and pictures")
-    parser.add_argument("--score-threshold", type=float, default=0.3, help="leave out detections that score less (0.3)")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=None,
+        help="leave out detections that score less (those of the best F1 on validation images, by class, which run and "
+        "file have; 0.3 where they have none)",
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="classes to detect, by name or id, before --top-k (all)",
+    )
+    parser.add_argument(
+        "--one-class-per-point",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let each point report its best class only (as the run)",
+    )
     parser.add_argument("--top-k", type=int, default=None, help="detections of a picture (the run's, or the file's)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (8)")
     parser.add_argument("--limit", type=int, default=None, help="number of pictures; default all")
@@ -162,11 +232,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> tuple[int, int, list[str]]:
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Detect, draw and write, as far as pictures can be used.
 
     Returns:
-        The number of pictures and of objects in ``detections.json``, and what is wrong with the other pictures.
+        The number of pictures and of objects in ``detections.json`` and the thresholds that were used, and what is
+        wrong with the other pictures.
 
     Raises:
         RunError: A run or file cannot be read, or a picture would be replaced.
@@ -174,11 +245,11 @@ def run(options: argparse.Namespace) -> tuple[int, int, list[str]]:
     # 1. Pictures, where they go, and the detector.
     paths = find_images(options.images)[: options.limit]
     pictures = picture_paths(paths, options.output)
-    detect, class_names = load_detector(options)
+    loaded = load_detector(options)
 
     # 2. A few pictures at a time.
     options.output.mkdir(parents=True, exist_ok=True)
-    objects, failures = 0, list[str]()
+    objects, cut, failures = 0, 0, list[str]()
     with contextlib.closing(RowFile(options.output / "detections.json")) as file:
         for start in range(0, len(paths), options.batch_size):
             # 3. Read them.
@@ -190,28 +261,32 @@ def run(options: argparse.Namespace) -> tuple[int, int, list[str]]:
                     failures.append(f"{error}")
 
             # 4. Detect, write and draw.
-            detections = detect_each(detect, [image.to(options.device) for image in images.values()])
+            detections = detect_each(loaded.detect, [image.to(options.device) for image in images.values()])
             for (n, image), detection in zip(images.items(), detections, strict=True):
                 if isinstance(detection, CrossKDError):
                     failures.append(f"{paths[n]}: {detection}")
                     continue
-                strong = strongest(on_cpu(detection), options.score_threshold, options.top_k)
-                names = [class_names.get(label, str(label)) for label in strong["labels"].tolist()]
+                cut += loaded.top_k is not None and loaded.thresholds.cuts(detection, loaded.top_k, loaded.labels)
+                strong = strongest(on_cpu(detection), loaded.thresholds, options.top_k, loaded.classes)
+                names = [loaded.class_names.get(label, str(label)) for label in strong["labels"].tolist()]
                 boxes, scores = strong["boxes"].tolist(), strong["scores"].tolist()
                 file.add({"image": str(paths[n]), "boxes": boxes, "scores": scores, "names": names})
                 objects += len(names)
                 name = paths[n].name.encode(errors="replace").decode()  # a file's name need not be text
                 title = f"{name}: {len(names)} found"
-                draw_predictions(pictures[n], [image], [(title, [strong])], class_names, 0.0)
-        return file.rows, objects, failures
+                draw_predictions(pictures[n], [image], [(title, [strong])], loaded.class_names, 0.0)
+        if cut and loaded.top_k is not None:
+            say(loaded.thresholds.warn_of_cuts(cut, file.rows, loaded.top_k))
+        counts = {"pictures": file.rows, "objects": objects, "in": str(options.output)}
+        return {**counts, "score_threshold": str(loaded.thresholds)}, failures
 
 
 def report(options: argparse.Namespace) -> list[str]:
     """Detect, and print what was found and what is wrong with pictures, which is returned."""
-    pictures, objects, failures = run(options)
+    summary, failures = run(options)
     for failure in failures:
         say(f"error: {failure}")
-    print(json.dumps({"pictures": pictures, "objects": objects, "in": str(options.output)}))
+    print(json.dumps(summary))
     return failures
 
 

@@ -28,13 +28,15 @@ from coco_example.engine.run_folder import claimed_folder, environment, goes_on,
 from coco_example.engine.signals import Interrupted, Signals, caught_signals
 from coco_example.engine.training import Training
 from coco_example.errors import DataError, RunError
-from coco_example.evaluation.evaluation import Detector, Evaluation, evaluate, table
+from coco_example.evaluation.evaluation import Detector, Evaluation, Ranking, evaluate, table
+from coco_example.evaluation.operating_point import describe_thresholds
 from coco_example.figures.draw import draw_predictions
 from coco_example.figures.report import draw_report
 from coco_example.files import write_json
 from coco_example.models.detectors import build_detector
 from coco_example.models.methods import METRICS, build_method, freeze, needs_teacher
-from coco_example.models.saved_model import ModelSpec, load_model, save_model
+from coco_example.models.saved_model import ModelSpec, load_model, save_model, save_spec
+from coco_example.models.score_thresholds import ScoreThresholds
 from coco_example.models.teachers import TeacherInTraining, load_teacher
 from coco_example.options import Options, parse_options
 from torch import nn
@@ -174,7 +176,12 @@ def _finish(
     if not worker.first:
         return None
 
-    # 2. Report.
+    # 2. The thresholds to use it with.
+    chosen = scores.usable(with_nms=spec.one_to_many)
+    origin = "validation images"
+    save_spec(folder, replace(spec, thresholds=ScoreThresholds.of_best_f1(chosen, origin)))
+
+    # 3. Report.
     log.evaluation(training.step, options.training.epochs, _for_log(scores))
     summary = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
     if before is not None:
@@ -184,6 +191,7 @@ def _finish(
             ("before, with NMS", before.nms, before.duplicates_nms),
         ]
         say(table(rows))
+    summary["thresholds"] = describe_thresholds(chosen, spec.label_to_name, chosen_on=origin, with_nms=spec.one_to_many)
     summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment()}
     write_json(folder / "summary.json", summary)
     draw_report(
@@ -284,7 +292,8 @@ def _preflight(
 
 def _detector(network: nn.Module, options: Options) -> Detector:
     one_to_many = options.method.arm == "one-to-many"
-    return Detector(adapt(network), "class_quality" if one_to_many else "class", options.model.top_k)
+    ranking: Ranking = "class_quality" if one_to_many else "class"
+    return Detector(adapt(network), ranking, options.model.top_k, options.model.one_class_per_point)
 
 
 def _score(network: nn.Module, index: CocoIndex, options: Options, worker: Worker) -> Evaluation:

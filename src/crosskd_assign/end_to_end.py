@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import overload
 
 import torch
@@ -20,6 +20,7 @@ from .structures import Assignment, Batch, DensePredictions, Detection, ForwardP
 from .symptoms import FirstLook, worst_symptom
 from .transfer import Transfer
 from .validation import (
+    validate_classes,
     validate_images,
     validate_labels,
     validate_option,
@@ -52,6 +53,8 @@ class EndToEndDetector(nn.Module):
             trained one-to-many. The score is the product then, and its quality branch is trained along.
         top_k: Detections returned for an image.
         score_threshold: Detections below this score are left out; 0 returns ``top_k`` for every image.
+        one_class_per_point: Let each point report its best class only: one detection at most.
+        classes: Labels to detect; the others are left out before the ``top_k`` are selected. None: all.
 
     Raises:
         OptionError: A number is out of range.
@@ -80,6 +83,8 @@ class EndToEndDetector(nn.Module):
         selection: SelectionBranch | None = None,
         top_k: int = 100,
         score_threshold: float = 0.0,
+        one_class_per_point: bool = False,
+        classes: Iterable[int] | None = None,
     ) -> None:
         super().__init__()
         validate_option("top_k", top_k, low=1)
@@ -100,6 +105,8 @@ class EndToEndDetector(nn.Module):
         self.selection = selection
         self.top_k = top_k
         self.score_threshold = score_threshold
+        self.one_class_per_point = one_class_per_point
+        self.classes = None if classes is None else validate_classes(classes)
         self.first_look = FirstLook()
         # Only these need the features after the detector's own head has run on them.
         edits_maps = any(part is not None and part.edits_features for part in (auxiliary, selection))
@@ -217,7 +224,9 @@ class EndToEndDetector(nn.Module):
 
     def detect(self, predictions: DensePredictions, batch: Batch) -> list[Detection]:
         """Return the ``top_k`` best detections of every image, in the coordinates of the images that came in."""
-        scores, boxes, labels = top_detections(predictions, self.top_k)
+        scores, boxes, labels = top_detections(
+            predictions, self.top_k, one_class_per_point=self.one_class_per_point, classes=self.classes
+        )
         detections: list[Detection] = []
         for s, b, label in zip(scores, boxes, labels, strict=True):
             keep = slice(None) if self.score_threshold == 0 else s >= self.score_threshold
@@ -226,7 +235,8 @@ class EndToEndDetector(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        return f"assigner={self.assigner}, loss={self.loss}, top_k={self.top_k}, score_threshold={self.score_threshold}"
+        text = f"assigner={self.assigner}, loss={self.loss}, top_k={self.top_k}, score_threshold={self.score_threshold}"
+        return f"{text}, one_class_per_point={self.one_class_per_point}, classes={self.classes}"
 
 
 def _pixel_sums(batch: Batch) -> Tensor:

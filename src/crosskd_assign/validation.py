@@ -19,6 +19,7 @@ from .structures import DensePredictions, Target
 __all__ = [
     "describe",
     "validate_choice",
+    "validate_classes",
     "validate_images",
     "validate_labels",
     "validate_option",
@@ -53,6 +54,26 @@ def validate_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise OptionError(
             expected=f"{name} {listed}", got=repr(value), where="constructor argument", fix="choose one of these"
         )
+
+
+def validate_classes(classes: Iterable[int], num_classes: int | None = None) -> tuple[int, ...]:
+    """Sort the labels of a filter, each once; raise `OptionError` unless they are labels, and one at least."""
+    given: list[Any] = list(classes)  # numbers of NumPy among them
+    high = float("inf") if num_classes is None else num_classes - 1
+    wrong = [
+        label
+        for label in given
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label <= high
+    ]
+    if wrong or not given:
+        last = "" if num_classes is None else f"{num_classes - 1}"
+        raise OptionError(
+            expected=f"classes among the labels 0…{last}",
+            got=", ".join(map(repr, wrong)) or "none at all",
+            where="classes",
+            fix="list class channels of the detector, or leave classes out to keep all",
+        )
+    return tuple(sorted({int(label) for label in given}))
 
 
 def validate_images(images: Sequence[Tensor] | Tensor) -> None:

@@ -119,3 +119,41 @@ def test_more_detections_than_there_are_predictions_are_a_fault():
     known = prediction()
     found = {name: torch.cat([value] * 8) for name, value in best(known).items()}
     assert "40 detections of 36" in compare(found, known).fault
+
+
+# --- one class a point, and a filter of classes -----------------------------------------------------------------------
+
+
+def best_of(known: Prediction, classes: list[int], k: int) -> dict[str, torch.Tensor]:
+    """The best of some classes, each point with its best class only."""
+    rows = [max((float(row[c]), -c) for c in classes) for row in known.scores]
+    order = sorted(range(A), key=lambda a: -rows[a][0])[:k]
+    scores, labels = torch.tensor([rows[a][0] for a in order]), torch.tensor([-rows[a][1] for a in order])
+    return {"boxes": known.boxes[order].clone(), "scores": scores, "labels": labels}
+
+
+@pytest.mark.parametrize("classes", [None, [0, 2]])
+def test_with_one_class_a_point_the_best_of_each_is_expected_and_nothing_else(classes):
+    known = prediction()
+    options = {"score_tolerance": 1e-5, "box_tolerance": 1e-3, "one_class_per_point": True, "classes": classes}
+    found = best_of(known, classes or [0, 1, 2], A)
+    assert difference(found, known, **options) == Difference(0.0, 0.0)
+    assert difference(best(known, A), known, **options).fault  # several classes of one point
+    assert compare(found, known).fault
+    more = {name: torch.cat([x, x[:1]]) for name, x in found.items()}
+    assert difference(more, known, **options).fault == "13 detections of 12 predictions"
+
+
+def test_of_classes_that_tie_on_a_point_either_may_be_found_but_not_both():
+    known = prediction()
+    known.scores[4] = torch.tensor([0.5, 0.5, 0.1])
+    known.scores[7] = torch.tensor([0.1, 0.5, 0.5])
+    options = {"score_tolerance": 1e-5, "box_tolerance": 1e-3, "one_class_per_point": True}
+
+    def found(*pairs):
+        points, labels = [a for a, _ in pairs], torch.tensor([c for _, c in pairs])
+        return {"boxes": known.boxes[points].clone(), "scores": torch.full((2,), 0.5), "labels": labels}
+
+    for pairs in [((4, 0), (7, 1)), ((4, 1), (7, 2)), ((7, 1), (4, 0))]:
+        assert not difference(found(*pairs), known, **options).fault
+    assert difference(found((4, 0), (4, 1)), known, **options).fault == "one prediction twice and another not at all"

@@ -50,7 +50,11 @@ def run(path: Path, images: Tensor) -> tuple[Tensor, ...]:
 def detect(detector: EndToEndDetector, images: Tensor, top_k: int = 10**6, **options: Any) -> tuple[Tensor, ...]:
     """What the detector finds in a list of images, in its own way; by default everything it predicts."""
     detections = EndToEndDetector(detector.adapter, top_k=top_k, **options).eval()(list(images))
-    return tuple(torch.stack([d[name] for d in detections]) for name in ("boxes", "scores", "labels"))
+    return stacked(detections)
+
+
+def stacked(detections: list[Any]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack([d[name] for d in detections]).detach() for name in ("boxes", "scores", "labels"))
 
 
 def assert_same(found, everything, *, box: float = 1e-3, score: float = 1e-5) -> None:
@@ -351,6 +355,18 @@ def one_pixel(kind: type[OnePixelAdapter] = OnePixelAdapter, **attributes: Any) 
 
 SMALL: dict[str, Any] = {"image_size": (32, 64)}
 IMAGE = torch.rand(3, 32, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("options", [{"one_class_per_point": True}, {"classes": [0]}])
+def test_one_class_a_point_and_a_filter_of_classes_are_in_the_graph(options, tmp_path):
+    detector = EndToEndDetector(one_pixel().adapter, top_k=40, **options)  # of 32 points and 2 classes
+    report = export_onnx(detector, tmp_path / "a.onnx", image_size=(32, 64), images=[IMAGE])
+    assert not {"NonZero", "If", "Loop"} & operators(report.path)
+    images = torch.stack([IMAGE, IMAGE.flip(1), IMAGE.flip(2)])
+    found = run(report.path, images)
+    torch.testing.assert_close(found, stacked(detector.eval()(list(images))), atol=1e-3, rtol=0)
+    assert report.detections == found[1].shape[1] == 32
+    assert detect(detector, images)[1].shape[1] == 64, "without the option there are more"
 
 
 @pytest.mark.slow

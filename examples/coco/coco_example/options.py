@@ -81,6 +81,7 @@ class ModelOptions:
     size: Annotated[int, "longer side of the images in pixels, to which the detector resizes them"] = 128
     short_side: Annotated[int, "bound of the shorter side: 800 with --size 1333 is usual on COCO; 0: none"] = 0
     top_k: Annotated[int, "detections of an image, which is the limit of its AP, too"] = 100
+    one_class_per_point: Annotated[bool, "let each point report its best class only: one detection at most"] = False
     selection: Annotated[bool, "a branch that sees each score beside its neighbours' and multiplies it"] = False
 
 

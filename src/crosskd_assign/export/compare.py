@@ -75,7 +75,13 @@ class Difference:
 
 
 def difference(
-    detection: Detection, prediction: Prediction, *, score_tolerance: float, box_tolerance: float
+    detection: Detection,
+    prediction: Prediction,
+    *,
+    score_tolerance: float,
+    box_tolerance: float,
+    one_class_per_point: bool = False,
+    classes: Sequence[int] | None = None,
 ) -> Difference:
     """Compare one image's K detections with everything that its detector predicts.
 
@@ -88,13 +94,16 @@ def difference(
         prediction: Expected; the K best should have been found.
         score_tolerance: Largest difference of scores that is put down to rounding.
         box_tolerance: Likewise of a box's sides, in pixels.
+        one_class_per_point: Whether each point should give its best class only.
+        classes: Labels that should have been found; None for all.
     """
-    # 1. Scores, rank by rank.
+    # 1. Scores, rank by rank, of what competes.
     scores, labels = detection["scores"], detection["labels"]
+    competes, ranked = _competing(prediction.scores, score_tolerance, one_class_per_point, classes)
     k = len(scores)
-    if not 0 < k <= prediction.scores.numel():
-        return Difference(0.0, 0.0, f"{k} detections of {prediction.scores.numel()} predictions")
-    ranked = prediction.scores.flatten().topk(k).values
+    if not 0 < k <= len(ranked):
+        return Difference(0.0, 0.0, f"{k} detections of {len(ranked)} predictions")
+    ranked = ranked.topk(k).values
     gaps = (scores - ranked).abs().nan_to_num(nan=float("inf"))
     score_gap, box_gap = float(gaps.max()), 0.0
     if score_gap > score_tolerance:
@@ -103,9 +112,11 @@ def difference(
         return Difference(score_gap, box_gap, fault)
 
     # 2. For every detection the predictions that it may be: same label, same score, same box.
-    point, label = (prediction.scores >= ranked[-1] - 2 * score_tolerance).nonzero(as_tuple=True)  # (P,) contenders
+    contends = competes & (prediction.scores >= ranked[-1] - 2 * score_tolerance)
+    point, label = contends.nonzero(as_tuple=True)  # (P,) contenders
     score = prediction.scores[point, label]
-    same = torch.zeros(k, len(point), dtype=torch.bool)
+    own = point if one_class_per_point else torch.arange(len(point))  # what is used up by a detection
+    same = torch.zeros(k, int(own.max()) + 1, dtype=torch.bool)
     for i in range(k):
         rivals = (((score - scores[i]).abs() <= score_tolerance) & (label == labels[i])).nonzero()[:, 0]
         if len(rivals) == 0:
@@ -116,12 +127,28 @@ def difference(
         if box_gap > box_tolerance:
             fault = f"a box {box_gap:.4g} px from the one predicted, {detection['boxes'][i].tolist()} at rank {i}"
             return Difference(score_gap, box_gap, fault)
-        same[i, rivals[distance <= box_tolerance]] = True
+        same[i, own[rivals[distance <= box_tolerance]]] = True
 
     # 3. A prediction of its own for each.
-    certain = (score > ranked[-1] + 2 * score_tolerance).numpy()
-    fault = "" if _one_each(same.numpy(), certain) else "one prediction twice and another not at all"
+    certain = torch.zeros(same.shape[1], dtype=torch.bool)
+    certain[own[score > ranked[-1] + 2 * score_tolerance]] = True
+    fault = "" if _one_each(same.numpy(), certain.numpy()) else "one prediction twice and another not at all"
     return Difference(score_gap, box_gap, fault)
+
+
+def _competing(
+    scores: Tensor, tolerance: float, one_class_per_point: bool, classes: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Mark the pairs ``(A, C)`` that may be detected, and list the scores that compete for a place.
+
+    Of the classes that tie on a point, up to rounding, any may be its best.
+    """
+    allowed = torch.zeros_like(scores, dtype=torch.bool)
+    allowed[:, slice(None) if classes is None else list(classes)] = True
+    if not one_class_per_point:
+        return allowed, scores[allowed]
+    best = scores.masked_fill(~allowed, -1).amax(dim=1)  # (A,)
+    return allowed & (scores >= best[:, None] - 2 * tolerance), best
 
 
 def _one_each(same: NDArray[np.bool_], certain: NDArray[np.bool_]) -> bool:
@@ -174,6 +201,8 @@ def compare_file(
                 prediction,
                 score_tolerance=score_tolerance,
                 box_tolerance=box_tolerance,
+                one_class_per_point=view.one_class_per_point,
+                classes=view.classes,
             )
             if gap.fault:
                 where = f"image {i} of {tuple(batch.shape)}"

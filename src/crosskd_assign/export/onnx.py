@@ -80,7 +80,8 @@ def export_onnx(
 
     The file has the input ``images (N, 3, H, W)`` float32 RGB in 0…1 and the outputs ``boxes (N, K, 4)``,
     ``scores (N, K)`` descending and ``labels (N, K)`` int64. K is ``detector.top_k``, or all A · C where there are
-    fewer. ``detector.score_threshold`` is not in the graph: compare ``scores`` with it afterwards.
+    fewer. ``detector.one_class_per_point`` and ``detector.classes`` are in the graph, ``detector.score_threshold`` is
+    not: compare ``scores`` with it afterwards.
 
     Before the file is there, onnxruntime has run it on several batches and found what the detector finds; scores that
     tie may change places. The detector is copied for this and stays as it is.
@@ -148,7 +149,7 @@ def export_onnx(
         unchecked.unlink(missing_ok=True)
     shape = tuple(size if isinstance(size, int) else str(size) for size in model.graph.inputs[0].shape)
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    return ExportReport(path, opset, shape, min(view.top_k, predicted.numel()), shapes, *gaps)
+    return ExportReport(path, opset, shape, view.count(*predicted.shape), shapes, *gaps)
 
 
 def _validate_place(path: Path) -> None:

@@ -24,7 +24,8 @@ class TensorDetector(nn.Module):
 
     ``forward(images)`` takes ``(N, 3, H, W)`` in 0…1 and returns ``boxes (N, K, 4)``, ``scores (N, K)`` descending and
     ``labels (N, K)``. K is ``top_k``, or all A · C where there are fewer. No threshold is applied: compare the scores
-    with one afterwards. Weights and mode are the detector's own; call ``.eval()`` before tracing.
+    with one afterwards. Weights, mode, ``one_class_per_point`` and ``classes`` are the detector's own; call ``.eval()``
+    before tracing.
 
     Args:
         detector: The detector, or a model or adapter that is to be an `EndToEndDetector` with its defaults. Of a
@@ -53,8 +54,10 @@ class TensorDetector(nn.Module):
         student = detector.detector if isinstance(detector, Distiller) else detector
         self.adapter = adapt(student)
         self.selection, self.top_k = None, 100  # as `EndToEndDetector` has them by default
+        self.one_class_per_point, self.classes = False, None
         if isinstance(student, EndToEndDetector):
             self.selection, self.top_k = student.selection, student.top_k
+            self.one_class_per_point, self.classes = student.one_class_per_point, student.classes
         self.preprocessing = preprocessing
         self.training = student.training
 
@@ -84,11 +87,19 @@ class TensorDetector(nn.Module):
     def detect(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Detect on a prepared batch: ``boxes``, ``scores`` and ``labels``."""
         predictions = self.predict(batch)
-        scores, boxes, labels = top_detections(predictions, self.top_k)
+        scores, boxes, labels = top_detections(
+            predictions, self.top_k, one_class_per_point=self.one_class_per_point, classes=self.classes
+        )
         together: Detection = {"boxes": boxes.flatten(0, 1), "scores": scores.flatten(), "labels": labels.flatten()}
         (restored,) = self.adapter.restore([together], batch)
         return restored["boxes"].reshape(boxes.shape), scores, labels
 
+    def count(self, points: int, classes: int) -> int:
+        """Count the detections of an image with so many points and classes."""
+        competing = 1 if self.one_class_per_point else classes if self.classes is None else len(self.classes)
+        return min(self.top_k, points * competing)
+
     @override
     def extra_repr(self) -> str:
-        return f"top_k={self.top_k}, preprocessing={self.preprocessing!r}"
+        text = f"top_k={self.top_k}, one_class_per_point={self.one_class_per_point}, classes={self.classes}"
+        return f"{text}, preprocessing={self.preprocessing!r}"

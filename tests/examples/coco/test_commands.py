@@ -62,7 +62,12 @@ def test_a_finished_run_scores_again_what_its_summary_says(request, scenes_folde
     for name, suffix in (("without", ""), ("with", "_nms")):
         [row] = [row for row in rows if row[:2] == [name, "NMS"]]
         assert row[2] == f"{100 * expected['ap' + suffix]:.1f}"
-        assert row[-1] == f"{expected['duplicates' + suffix]:.3f}"
+        assert row[-2] == f"{expected['duplicates' + suffix]:.3f}"
+        assert row[-1] == f"{expected['across_classes' + suffix]:.3f}"
+    thresholds = read(run / "summary.json")["thresholds"]
+    assert read(output)["thresholds"] == thresholds
+    [row] = [row for row in rows if row[:2] == ["all", "classes"]]
+    assert row[2:4] == [f"{thresholds['overall'][name]:.3f}" for name in ("score", "f1")]
 
 
 def test_a_limit_leaves_the_other_images_out(student, scenes_folder, tmp_path):

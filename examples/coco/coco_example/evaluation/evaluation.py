@@ -17,10 +17,11 @@ from coco_example.data.values import Identifier, key_of
 from coco_example.engine.distributed import ALONE, Worker
 from coco_example.engine.loaders import loaded
 from coco_example.evaluation.coco_metrics import CocoScores, coco_evaluate, coco_results
+from coco_example.evaluation.operating_point import choose_thresholds
 from coco_example.models.detectors import selection_of
 from crosskd_assign import DensePredictions, DetectorAdapter
 from crosskd_assign.detectors.probing import evaluation_mode
-from crosskd_assign.diagnostics import DuplicateReport, duplicate_report
+from crosskd_assign.diagnostics import DuplicateReport, Thresholds, duplicate_report
 from crosskd_assign.postprocessing import one_to_many_detections
 from crosskd_assign.structures import Batch, Detection, Target
 from crosskd_assign.validation import validate_option
@@ -41,11 +42,15 @@ class Detector:
         ranking: "class" for one that was trained with one positive an object; "class_quality", where the quality branch
             counts in the score, for one that was trained with many.
         top_k: Detections of an image, which is the limit of its AP, too.
+        one_class_per_point: Whether each point reports its best class only.
+        classes: Labels to detect; None for all.
     """
 
     adapter: DetectorAdapter
     ranking: Ranking = "class"
     top_k: int = 100
+    one_class_per_point: bool = False
+    classes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         validate_option("top_k", self.top_k, low=1)
@@ -91,24 +96,37 @@ class Detector:
             nms_threshold=nms_threshold,
             top_k=self.top_k,
             candidates=max(1000, 10 * self.top_k),
+            one_class_per_point=self.one_class_per_point,
+            classes=self.classes,
         )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one detector."""
+    """Scores of one detector, and the score thresholds of the best F1 on the images."""
 
     plain: CocoScores
     nms: CocoScores
     duplicates: DuplicateReport
     duplicates_nms: DuplicateReport
     images: int
+    thresholds: Thresholds
+    thresholds_nms: Thresholds
 
     def as_dict(self) -> dict[str, Any]:
-        """List numbers: ``ap`` and its kin without NMS, ``ap_nms`` and its kin with, ``duplicates`` per object."""
+        """List numbers: ``ap`` and its kin without NMS, ``ap_nms`` and its kin with, ``duplicates`` per object.
+
+        ``across_classes`` are reports of found objects under another class.
+        """
         nms = {f"{name}_nms": value for name, value in self.nms.as_dict().items()}
         rates = {"duplicates": self.duplicates.rate, "duplicates_nms": self.duplicates_nms.rate}
+        rates["across_classes"] = self.duplicates.rate_across_classes
+        rates["across_classes_nms"] = self.duplicates_nms.rate_across_classes
         return {**self.plain.as_dict(), **nms, **rates, "margin": self.duplicates.margin, "images": self.images}
+
+    def usable(self, *, with_nms: bool) -> Thresholds:
+        """Return the thresholds for detections as they are used: with NMS, or without."""
+        return self.thresholds_nms if with_nms else self.thresholds
 
 
 @dataclass(frozen=True)
@@ -240,7 +258,13 @@ def score(
         duplicate_report([_relabelled(d, translation) for d in detections], found.targets)
         for detections in (found.plain, found.suppressed)
     ]
-    return Evaluation(scores[0], scores[1], reports[0], reports[1], len(ids))
+
+    # 3. Thresholds.
+    thresholds = [
+        choose_thresholds(detections, index.annotations, ids, categories)
+        for detections in (found.plain, found.suppressed)
+    ]
+    return Evaluation(scores[0], scores[1], reports[0], reports[1], len(ids), thresholds[0], thresholds[1])
 
 
 def on_cpu(detection: Detection) -> Detection:
@@ -258,12 +282,12 @@ def _relabelled(detection: Detection, translation: Mapping[int, int]) -> Detecti
 
 
 def table(rows: Sequence[tuple[str, CocoScores, DuplicateReport]]) -> str:
-    """Write a table of AP, AP50, AP75, APs, APm, APl (per cent) and duplicates per found object."""
+    """Write a table of AP, AP50, AP75, APs, APm, APl (per cent), and of duplicates for each found object."""
     width = max(len(name) for name, *_ in rows)
-    head = f"{'':{width}}     AP   AP50   AP75    APs    APm    APl  duplicates"
+    head = f"{'':{width}}     AP   AP50   AP75    APs    APm    APl  duplicates  across classes"
     lines = [head]
     for name, s, duplicates in rows:
         numbers = (s.ap, s.ap50, s.ap75, s.ap_small, s.ap_medium, s.ap_large)
         cells = " ".join(f"{100 * value:6.1f}" for value in numbers)
-        lines.append(f"{name:{width}} {cells}  {duplicates.rate:10.3f}")
+        lines.append(f"{name:{width}} {cells}  {duplicates.rate:10.3f}  {duplicates.rate_across_classes:14.3f}")
     return "\n".join(lines).replace("   nan", "     –")

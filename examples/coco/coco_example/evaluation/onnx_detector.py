@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coco_example.errors import MissingPackageError, RunError, first_line
+from coco_example.models.score_thresholds import ScoreThresholds
 from crosskd_assign.geometry import clip, scale
 from crosskd_assign.structures import Detection
 
@@ -36,6 +37,9 @@ class OnnxDetector:
 
     Attributes:
         class_names: Name of each label.
+        category_ids: Category id of each label; none in a file of an earlier version.
+        thresholds: Score thresholds to use it with, if it has any.
+        top_k: Detections of an image; None where that depends on its size.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,6 +58,19 @@ class OnnxDetector:
 
         # 2. Read how it wants its images.
         self.class_names = {int(label): str(name) for label, name in json.loads(metadata["class_names"]).items()}
+        self.category_ids = {int(n): i for n, i in json.loads(metadata.get("category_ids", "{}")).items()}
+        try:
+            self.thresholds = ScoreThresholds.from_metadata(metadata)
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                expected="score thresholds of export.py",
+                got=first_line(error),
+                where=f"{path}",
+                fix="write it again with export.py",
+            ) from error
+        outputs = {output.name: output.shape for output in self._session.get_outputs()}
+        k = outputs["scores"][1]
+        self.top_k: int | None = k if isinstance(k, int) else None
         self._inside = metadata["preprocessing"] == "inside"
         self._divisible = int(metadata["size_divisible"])
         self._mean = torch.tensor(json.loads(metadata["image_mean"])).view(3, 1, 1)

@@ -15,10 +15,11 @@ from coco_example.data.values import Identifier
 from coco_example.errors import RunError, first_line
 from coco_example.files import digest, read_json, write_json, write_whole
 from coco_example.models.detectors import build_detector
+from coco_example.models.score_thresholds import ScoreThresholds
 from coco_example.models.weights import load_weights
 from coco_example.options import ModelOptions
 
-__all__ = ["ModelSpec", "load_model", "save_model"]
+__all__ = ["ModelSpec", "load_model", "save_model", "save_spec"]
 
 # How training starts; a finished detector has its own weights.
 _NOT_STORED = {"backbone_weights", "trainable_stages"}
@@ -32,11 +33,13 @@ class ModelSpec:
         model: The detector.
         one_to_many: Whether it was trained with many positives an object, and needs NMS.
         categories: COCO category id and name of the labels 1, 2, ….
+        thresholds: Score thresholds to use it with, once they are chosen.
     """
 
     model: ModelOptions
     one_to_many: bool
     categories: tuple[tuple[Identifier, str], ...]
+    thresholds: ScoreThresholds | None = None
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Self:
@@ -44,6 +47,7 @@ class ModelSpec:
 
         Raises:
             TypeError: A value is of another type, or missing.
+            ValueError: A threshold's label is no number.
         """
         # 1. The detector's options, which have defaults.
         defaults = asdict(ModelOptions())
@@ -59,12 +63,15 @@ class ModelSpec:
         if wrong:
             raise TypeError(", ".join(f"{name} {values.get(name)!r:.40}" for name in wrong))
         pairs = tuple((category, name) for category, name in values["categories"])
-        return cls(ModelOptions(**given), values["one_to_many"], pairs)
+        limits = values.get("thresholds")  # which a run of an earlier version lacks
+        thresholds = None if limits is None else ScoreThresholds.from_flat(limits)
+        return cls(ModelOptions(**given), values["one_to_many"], pairs, thresholds=thresholds)
 
     def as_flat(self) -> dict[str, Any]:
         """List everything by name, without groups, as ``model.json`` has it."""
         model = {name: value for name, value in asdict(self.model).items() if name not in _NOT_STORED}
-        return {**model, "one_to_many": self.one_to_many, "categories": self.categories}
+        thresholds = {} if self.thresholds is None else {"thresholds": self.thresholds.as_flat()}
+        return {**model, "one_to_many": self.one_to_many, "categories": self.categories, **thresholds}
 
     @property
     def num_classes(self) -> int:
@@ -91,6 +98,11 @@ def save_model(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
     """Write the finished detector: weights alone, with their digest, and what they belong to."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     write_whole(folder / "model.safetensors", save(state, metadata={"digest": digest(dict(sorted(state.items())))}))
+    save_spec(folder, spec)
+
+
+def save_spec(folder: Path, spec: ModelSpec) -> None:
+    """Write what belongs to the weights alone, e.g. once thresholds are chosen."""
     write_json(folder / "model.json", spec.as_flat())
 
 
