@@ -10,6 +10,7 @@ from coco_example.errors import RunError, first_line
 __all__ = ["compile_backbones"]
 
 _OLDEST = (2, 6)  # older ones cannot trace torchvision's detectors as a whole, and were not tried on parts
+_BACKEND = "inductor"
 
 
 def compile_backbones(*models: nn.Module | None) -> None:
@@ -43,7 +44,7 @@ def compile_backbones(*models: nn.Module | None) -> None:
     # 2. A compiler that does not work would be found at the first step, with a traceback.
     device = next(backbones[0].parameters()).device
     try:
-        torch.compile(_small)(torch.zeros(4, device=device))
+        torch.compile(_small, backend=_BACKEND)(torch.zeros(4, device=device))
     except Exception as error:  # the compilers of all platforms have errors of their own
         raise RunError(
             expected="a compiler that torch can use",
@@ -55,7 +56,7 @@ def compile_backbones(*models: nn.Module | None) -> None:
     # 3. Compile.
     for backbone in backbones:
         if isinstance(backbone, nn.Module):
-            backbone.compile()
+            backbone.compile(backend=_BACKEND)
 
 
 def _small(x: torch.Tensor) -> torch.Tensor:

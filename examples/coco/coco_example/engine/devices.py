@@ -31,7 +31,7 @@ def choose_device(name: str, *, local: int = 0, processes: int = 1) -> torch.dev
     if chosen not in there:
         raise RunError(
             expected=f"a device that is here: {', '.join(there)}",
-            got=repr(chosen if name in ("", "cuda") and len(there) > 1 else name),
+            got=repr(chosen if torch.cuda.is_available() else name),
             where="--device",
             fix="choose one of these, or leave it out",
         )

@@ -104,8 +104,8 @@ def test_steps_schedule_checkpoints_and_resume_count_steps_of_the_optimizer(work
     lines = [line for line in read_metrics(tmp_path / "whole") if line["kind"] == "train"]
     assert [(line["step"], line["epoch"]) for line in lines] == [(n, n / 3) for n in range(1, 7)]
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["budget"]["images"] == 48
-    stop_in(monkeypatch, 2, 5)
-    codes = [workshop.train(tmp_path / "run", **options, resume=n > 0) for n in range(3)]
-    assert codes == [143, 143, 0]
+    stop_in(monkeypatch, 2)
+    codes = [workshop.train(tmp_path / "run", **options, resume=n > 0) for n in range(2)]
+    assert codes == [143, 0]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert workshop.train(tmp_path / "run", **{**options, "accumulate": 1}, resume=True) == 2  # another run
