@@ -141,7 +141,7 @@ def test_a_run_is_read_back_is_a_teacher_and_is_converted(trained, workshop, sce
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_exported_to_onnx_and_verified(name, workshop, tmp_path):
     pytest.importorskip("onnxruntime")
-    options = {"arm": "one-to-one", "backbone": f"timm:{name}", "channels": 32, "head_convs": 1}
+    options = {"arm": "one-to-one", "backbone": f"timm:{name}", "channels": 64, "head_convs": 1}
     assert workshop.train(tmp_path / "run", **options) == 0
     report = export.export(tmp_path / "run", tmp_path / "model.onnx")
     assert report.score_difference < 1e-3
