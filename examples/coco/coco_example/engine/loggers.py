@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ class Loggers:
 
     def _write(self, record: Record) -> None:
         for name, writer in self._writers.items():
-            self._guarded(name, lambda writer=writer: writer.write(dict(record)))  # type: ignore[misc]
+            self._guarded(name, lambda writer=writer: writer.write(copy.deepcopy(record)))  # type: ignore[misc]
 
     def _guarded(self, name: str, action: Callable[[], None]) -> None:
         try:

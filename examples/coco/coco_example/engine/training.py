@@ -186,9 +186,8 @@ class Training:
             return
         values = self.check(losses, targets, self.step)
         if wanted:
-            rate = self.options.training.lr * self.optimization.rate(
-                self.step - 1
-            )  # the scheduler is at the next step already
+            # The scheduler is at the next step already.
+            rate = self.options.training.lr * self.optimization.rate(self.step - 1)
             log.step(self.step, values, epoch=self.step / self.data.steps_per_epoch, lr=rate)
 
     def release(self) -> None:

@@ -114,6 +114,7 @@ def test_what_cannot_be_compiled_is_a_sentence(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_of_the_real_compiler_learns_the_same(workshop, tmp_path):

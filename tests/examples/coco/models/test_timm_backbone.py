@@ -137,6 +137,7 @@ def test_a_run_is_read_back_is_a_teacher_and_is_converted(trained, workshop, sce
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_exported_to_onnx_and_verified(name, workshop, tmp_path):
