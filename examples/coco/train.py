@@ -7,9 +7,10 @@ torchrun --nproc-per-node 8 examples/coco/train.py …
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from coco_example.commands import run_command, say
@@ -20,13 +21,17 @@ from coco_example.data.preflight import judge_pictures, judge_splits
 from coco_example.data.reader import CocoIndex, read_coco
 from coco_example.data.scenes import write_scenes
 from coco_example.data.values import Identifier
+from coco_example.engine.best import Best
+from coco_example.engine.compilation import compile_backbones
 from coco_example.engine.distributed import Worker, join_workers
 from coco_example.engine.identity import describe_data, describe_teacher
+from coco_example.engine.loggers import Loggers
 from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.processor import slow_precision
 from coco_example.engine.run_folder import claimed_folder, environment, goes_on, open_folder
 from coco_example.engine.signals import Interrupted, Signals, caught_signals
 from coco_example.engine.training import Training
+from coco_example.engine.validation import ValidationLosses
 from coco_example.errors import DataError, RunError
 from coco_example.evaluation.evaluation import Detector, Evaluation, Ranking, evaluate, table
 from coco_example.evaluation.operating_point import describe_thresholds
@@ -48,6 +53,7 @@ from crosskd_assign.structures import Target
 __all__ = ["run"]
 
 PREFLIGHT_IMAGES = 64
+CHOSEN_ON = "validation images"  # score thresholds
 
 
 def run(options: Options) -> Evaluation | None:
@@ -62,7 +68,7 @@ def run(options: Options) -> Evaluation | None:
         Interrupted: A signal stopped it; what is trained is saved.
     """
     folder = Path(options.output)
-    with caught_signals() as signals, join_workers() as worker:
+    with caught_signals() as signals, join_workers(device=options.device) as worker:
         signals.place = "before the first step"
         try:
             with claimed_folder(folder, options, worker) as begun:
@@ -73,7 +79,8 @@ def run(options: Options) -> Evaluation | None:
 
 
 def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, begun: bool) -> Evaluation | None:
-    # 1. Images.
+    # 1. Who gets the log, and images.
+    loggers = Loggers(options.log_to if worker.first else ())
     train, val = _load_data(options, worker)
 
     # 2. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
@@ -88,6 +95,8 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
     frozen = freeze(model, options.method.freeze)
     if options.training.channels_last:
         method.to(memory_format=torch.channels_last)
+    if options.compile:
+        compile_backbones(model, teacher)
 
     # 4. The folder: only now, because a refused teacher must not leave one that looks in use.
     def start() -> str | None:
@@ -98,21 +107,30 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
 
     # 5. Train.
     torch.manual_seed(options.seed + 1 + worker.rank)
-    training = Training(options, folder, method, model, train, worker, identity, frozen)
+    validation = ValidationLosses(options, val, worker) if options.training.val_losses else None
+    training = Training(options, folder, method, model, train, worker, identity, frozen, validation)
     if begun:
         training.resume()
-    with _open_log(folder, training, options) as log:
+    categories = tuple((category.id, category.name) for category in train.categories)
+    spec = ModelSpec(options.model, options.method.arm == "one-to-many", categories)
+    best = Best(folder, spec, options)
+
+    def score(network: nn.Module) -> dict[str, float]:
+        scores = _score(network, val, options, worker)
+        if worker.first:
+            best.offer(network, _for_log(scores), training.step, _thresholds(scores, spec))
+        return _for_log(scores)
+
+    with loggers.opened(folder, training.step) as hook, _open_log(folder, training, options, hook) as log:
         _introduce(log, training, folder, train)
         try:
-            training.fit(log, lambda network: _for_log(_score(network, val, options, worker)), signals)
+            training.fit(log, score, signals)
         finally:
             training.release()
 
         # 6. Save, evaluate and draw.
-        categories = tuple((category.id, category.name) for category in train.categories)
-        spec = ModelSpec(options.model, options.method.arm == "one-to-many", categories)
         shown = labels == spec.label_to_category  # else the teacher's labels mean other classes
-        return _finish(folder, training, log, val, spec, teacher if shown else None)
+        return _finish(folder, training, log, val, spec, teacher if shown else None, best)
 
 
 def _inherit(options: Options, model: nn.Module, teacher: nn.Module | None, worker: Worker) -> None:
@@ -138,14 +156,16 @@ def _inherit(options: Options, model: nn.Module, teacher: nn.Module | None, work
         say(f"{report}")
 
 
-def _open_log(folder: Path, training: Training, options: Options) -> MetricsLog:
+def _open_log(folder: Path, training: Training, options: Options, hook: Callable[[dict[str, Any]], None]) -> MetricsLog:
+    loop = options.training
     return MetricsLog(
         folder,
         total_steps=training.total_steps,
         start_step=training.step,
-        batch_size=options.training.batch_size * training.worker.count,
+        batch_size=loop.batch_size * loop.accumulate * training.worker.count,
         enabled=training.worker.first,
-        interval=options.training.log_every,
+        interval=loop.log_every,
+        hook=hook,
     )
 
 
@@ -162,13 +182,20 @@ def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoInd
 
 
 def _finish(
-    folder: Path, training: Training, log: MetricsLog, val: CocoIndex, spec: ModelSpec, teacher: nn.Module | None
+    folder: Path,
+    training: Training,
+    log: MetricsLog,
+    val: CocoIndex,
+    spec: ModelSpec,
+    teacher: nn.Module | None,
+    best: Best,
 ) -> Evaluation | None:
     # 1. Save before anything else, and evaluate on all processes.
     options, worker, network = training.options, training.worker, training.result
     if worker.first:
         save_model(folder, network, spec)
     worker.share(network)
+    training.validate(log)
     scores = _score(network, val, options, worker)
     before = None
     if teacher is not None and options.teachers.convert:
@@ -177,13 +204,13 @@ def _finish(
         return None
 
     # 2. The thresholds to use it with.
-    chosen = scores.usable(with_nms=spec.one_to_many)
-    origin = "validation images"
-    save_spec(folder, replace(spec, thresholds=ScoreThresholds.of_best_f1(chosen, origin)))
+    thresholds = _thresholds(scores, spec)
+    save_spec(folder, replace(spec, thresholds=thresholds))
+    best.offer(network, _for_log(scores), training.step, thresholds)
 
     # 3. Report.
     log.evaluation(training.step, options.training.epochs, _for_log(scores))
-    summary = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
+    summary: dict[str, Any] = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
     if before is not None:
         summary["before"] = before.as_dict()
         rows = [
@@ -191,8 +218,17 @@ def _finish(
             ("before, with NMS", before.nms, before.duplicates_nms),
         ]
         say(table(rows))
-    summary["thresholds"] = describe_thresholds(chosen, spec.label_to_name, chosen_on=origin, with_nms=spec.one_to_many)
-    summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment()}
+    if best.enabled and (found := best.found()):
+        summary["best"] = found
+        ap = 100 * found[best.score]
+        say(f"best: step {found['step']} of {training.step}, {best.score} {ap:.1f}, in {best.folder}")
+    summary["thresholds"] = describe_thresholds(
+        scores.usable(with_nms=spec.one_to_many),
+        spec.label_to_name,
+        chosen_on=CHOSEN_ON,
+        with_nms=spec.one_to_many,
+    )
+    summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment(options.device)}
     write_json(folder / "summary.json", summary)
     draw_report(
         folder,
@@ -304,6 +340,10 @@ def _score(network: nn.Module, index: CocoIndex, options: Options, worker: Worke
         workers=options.dataset.workers,
         worker=worker,
     )
+
+
+def _thresholds(scores: Evaluation, spec: ModelSpec) -> ScoreThresholds | None:
+    return ScoreThresholds.of_best_f1(scores.usable(with_nms=spec.one_to_many), CHOSEN_ON)
 
 
 def _for_log(scores: Evaluation) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from crosskd_assign.distillation import Alignment, Decay
 
 __all__ = [
     "FREE_ON_RESUME",
+    "TIMM",
     "Architecture",
     "Arm",
     "Backbone",
@@ -33,9 +35,10 @@ __all__ = [
 ]
 
 Architecture = Literal["fcos", "retinanet"]
-Backbone = Literal[
+Backbone = Literal[  # beside these, timm:NAME for one of timm's
     "small", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"
 ]
+TIMM = "timm:"  # how the names of timm's backbones begin
 Arm = Literal[
     "one-to-many", "one-to-one", "cross-head", "feature-imitation", "weighted-imitation", "own-head-imitation"
 ]
@@ -45,6 +48,7 @@ Metric = Literal["poto", "balanced", "task-aligned", "yolo"]
 # A resumed run may differ in these without becoming another run.
 FREE_ON_RESUME = frozenset(
     {"output", "resume", "workers", "log_every", "save_every", "data_path", "teacher", "convert"}
+    | {"log_to", "device", "compile", "val_losses"}
 )
 
 
@@ -71,8 +75,8 @@ class ModelOptions:
     """The detector that is trained."""
 
     architecture: Annotated[Architecture, "detector"] = "fcos"
-    backbone: Annotated[Backbone, "backbone of the detector"] = "small"
-    backbone_weights: Annotated[str, "imagenet for torchvision's weights, or a state dict file; empty: none"] = ""
+    backbone: Annotated[str, f"backbone of the detector: {', '.join(get_args(Backbone))}, or timm:NAME"] = "small"
+    backbone_weights: Annotated[str, "imagenet for the hub's weights, or a state dict file; empty: none"] = ""
     trainable_stages: Annotated[
         int, "backbone stages to train, of 5, from the last; -1: 3 with weights, all without"
     ] = -1
@@ -131,7 +135,8 @@ class TrainingOptions:
     """The training loop."""
 
     epochs: Annotated[int, "passes over the training images"] = 12
-    batch_size: Annotated[int, "images a step on one process"] = 16
+    batch_size: Annotated[int, "images of one forward pass on one process"] = 16
+    accumulate: Annotated[int, "batches a step, whose gradients are averaged; steps and schedule count these"] = 1
     optimizer: Annotated[Literal["adamw", "sgd"], "optimizer; sgd has a momentum of 0.9"] = "adamw"
     lr: Annotated[float, "peak learning rate"] = 1e-3
     weight_decay: Annotated[float, "weight decay of weights; norms and biases have none"] = 1e-4
@@ -143,7 +148,10 @@ class TrainingOptions:
     ema: Annotated[float, "decay of an average of the weights, which is then evaluated and saved; 0: none"] = 0.0
     precision: Annotated[Literal["float32", "bfloat16", "float16"], "autocast precision"] = "float32"
     channels_last: Annotated[bool, "keep images and weights in channels-last memory format"] = False
-    eval_every: Annotated[int, "epochs between evaluations; 0: only at the end"] = 0
+    eval_every: Annotated[
+        int, "epochs between evaluations, of which the best detector is kept in best/; 0: only at the end"
+    ] = 0
+    val_losses: Annotated[int, "validation images whose losses are logged at every evaluation; 0: none"] = 256
     save_every: Annotated[int, "steps between checkpoints besides those at the end of each epoch; 0: none"] = 0
     log_every: Annotated[int, "steps between lines of the log"] = 20
 
@@ -156,6 +164,11 @@ class Options:
     resume: Annotated[bool, "continue the run in --output exactly where it stopped"] = False
     seed: Annotated[int, "random seed"] = 0
     deterministic: Annotated[bool, "use deterministic algorithms only"] = False
+    device: Annotated[str, "device to train on: cpu, cuda, cuda:1, mps; empty: cuda if there is one, else cpu"] = ""
+    compile: Annotated[bool, "compile the student's and the teacher's backbones with torch.compile"] = False
+    log_to: Annotated[
+        tuple[str, ...], "send each record of the log to tensorboard or python:FILE:FUNCTION, too; may be repeated"
+    ] = ()
     dataset: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     teachers: TeacherOptions = field(default_factory=TeacherOptions)
@@ -166,6 +179,8 @@ class Options:
     def from_flat(cls, values: Mapping[str, Any]) -> Self:
         """Build options from values by name, without groups; what is not named has its default."""
         left = dict(values)
+        if "log_to" in left:  # a list in JSON and on the command line
+            left["log_to"] = tuple(left["log_to"])
         groups = {
             name: kind(**{option.name: left.pop(option.name) for option in fields(kind) if option.name in left})
             for name, kind in _GROUPS.items()
@@ -259,6 +274,8 @@ def _add_arguments(add: Callable[..., Any], kind: type[Any]) -> None:
         flag = _flag(option.name)
         if value is bool:
             add(flag, action=argparse.BooleanOptionalAction, default=option.default, help=text)
+        elif get_origin(value) is tuple:
+            add(flag, action="append", default=[], help=text)
         elif get_origin(value) is Literal:
             add(flag, choices=get_args(value), default=option.default, help=text)
         else:
@@ -273,11 +290,19 @@ def _conflict(options: Options) -> str | None:
     """Describe the first option that is out of range or does not go with another."""
     dataset, teachers, method, flat = options.dataset, options.teachers, options.method, options.as_flat()
     least = {"epochs": 1, "batch_size": 1, "size": 1, "log_every": 1, "seed": 0, "top_k": 1}
+    least |= {"accumulate": 1, "val_losses": 0}
     conflicts = [
         (flat[name] < low, f"expected {_flag(name)} of at least {low}, but got {flat[name]}")
         for name, low in least.items()
     ]
+    backbone, backbones = options.model.backbone, get_args(Backbone)
+    near = difflib.get_close_matches(backbone, backbones, n=1)
     conflicts += [
+        (
+            backbone not in backbones and not backbone.startswith(TIMM),
+            f"expected --backbone {', '.join(backbones)} or timm:NAME, but got {backbone}"
+            + (f"; did you mean {near[0]}?" if near else ""),
+        ),
         (
             not 0 <= method.distill_warmup <= 1,
             f"expected --distill-warmup in 0…1, but got {method.distill_warmup}",

@@ -168,7 +168,7 @@ def test_the_seed_decides_on_weights_and_on_the_order_of_images(workshop, tmp_pa
 
     monkeypatch.setattr(EndToEndDetector, "forward", forward)
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
-        assert workshop.train(tmp_path / name, arm="one-to-one", seed=seed) == 0
+        assert workshop.train(tmp_path / name, arm="one-to-one", seed=seed, val_losses=0) == 0
     for a, b, c in (((tmp_path / name / WEIGHTS).read_bytes() for name in "abc"), (seen[:3], seen[3:6], seen[6:])):
         assert a == b
         assert a != c

@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from coco_example.engine.devices import choose_device
 from coco_example.errors import RunError, first_line
 
 __all__ = ["ALONE", "Worker", "join_workers"]
@@ -127,31 +128,31 @@ def _lost(reason: str) -> RunError:
 
 
 @contextmanager
-def join_workers(timeout: timedelta | None = None) -> Iterator[Worker]:
+def join_workers(timeout: timedelta | None = None, *, device: str = "") -> Iterator[Worker]:
     """Join the processes that torchrun started; without it there is a single one.
 
     Args:
         timeout: How long a collective may take, if not as long as torch allows.
+        device: What to compute on, as `choose_device` takes it.
 
     Raises:
-        RunError: Another process was lost.
+        RunError: There is no such device, or another process was lost.
     """
     # 1. The device of this process.
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    chosen = choose_device(device, local=int(os.environ.get("LOCAL_RANK", "0")), processes=count)
+    cuda = chosen.type == "cuda"
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(chosen)
     if count == 1:
-        yield Worker(0, 1, device)
+        yield Worker(0, 1, chosen)
         return
 
     # 2. Its group.
     store, rank, count = next(rendezvous("env://"))
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=count, timeout=timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may start all again, with the same store
-    worker = Worker(rank, count, device, PrefixStore(f"workers {attempt}", store))
+    worker = Worker(rank, count, chosen, PrefixStore(f"workers {attempt}", store))
     try:
         yield worker
     except BaseException as error:

@@ -16,7 +16,7 @@ from coco_example.engine.distributed import Worker
 from coco_example.engine.loaders import loaded
 from coco_example.options import Options
 
-__all__ = ["TrainingData"]
+__all__ = ["TrainingData", "moved"]
 
 
 class TrainingData:
@@ -29,7 +29,7 @@ class TrainingData:
 
     Attributes:
         dataset: The images, augmented.
-        steps_per_epoch: Batches that each process gets in one epoch.
+        steps_per_epoch: Steps of one epoch, of ``accumulate`` batches each.
     """
 
     def __init__(self, options: Options, index: CocoIndex, worker: Worker) -> None:
@@ -45,9 +45,10 @@ class TrainingData:
         self.steps_per_epoch = self._sampler(0).batches_per_epoch
 
     def _sampler(self, step: int) -> ResumableSampler:
+        """Draw the images of whole steps, whose order is that of batches ``accumulate`` times as large."""
         return ResumableSampler(
             len(self.dataset),
-            self._options.training.batch_size,
+            self._options.training.batch_size * self._options.training.accumulate,
             seed=self._options.seed,
             rank=self._worker.rank,
             world_size=self._worker.count,
@@ -57,16 +58,17 @@ class TrainingData:
     @contextmanager
     def batches(self, step: int) -> Iterator[Iterator[tuple[list[Tensor], list[Target]]]]:
         """Load endless batches from a step on, onto the process's device, until the block ends."""
-        device = self._worker.device
+        device, size = self._worker.device, self._options.training.batch_size
         with loaded(
             self.dataset,
-            self._sampler(step),
+            (keys[i : i + size] for keys in self._sampler(step) for i in range(0, len(keys), size)),
             workers=self._options.dataset.workers,
             pin_memory=device.type == "cuda",
         ) as batches:
-            yield (_moved(images, targets, device) for images, targets in batches)
+            yield (moved(images, targets, device) for images, targets in batches)
 
 
-def _moved(images: list[Tensor], targets: list[Target], device: torch.device) -> tuple[list[Tensor], list[Target]]:
-    moved = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
-    return [image.to(device, non_blocking=True) for image in images], moved
+def moved(images: list[Tensor], targets: list[Target], device: torch.device) -> tuple[list[Tensor], list[Target]]:
+    """Move a batch onto a device."""
+    there = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
+    return [image.to(device, non_blocking=True) for image in images], there

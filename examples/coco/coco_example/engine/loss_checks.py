@@ -6,14 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from coco_example.errors import DeadLossError, NonFiniteLossError
 
-__all__ = ["DEAD_CHECKS", "DIVERGED", "LossChecks"]
+__all__ = ["DEAD_CHECKS", "LossChecks", "check_weights"]
 
 DEAD_CHECKS = 50
-DIVERGED = "lower --lr, clip harder with --max-grad-norm, or train in --precision bfloat16; the last checkpoint is good"
+_DIVERGED = (
+    "lower --lr, clip harder with --max-grad-norm, or train in --precision bfloat16; the last checkpoint is good"
+)
 
 
 class LossChecks:
@@ -43,7 +46,7 @@ class LossChecks:
         if not all(map(math.isfinite, values.values())):
             images = [self._image_ids[int(target["image_id"])] for target in targets]
             raise NonFiniteLossError(
-                expected="finite losses", got=f"{values}", where=f"step {step}, images {images}", fix=DIVERGED
+                expected="finite losses", got=f"{values}", where=f"step {step}, images {images}", fix=_DIVERGED
             )
         # A term that lost its way, as under DDP, is 0 although there are objects.
         if any(len(target["boxes"]) > 0 for target in targets):
@@ -60,3 +63,13 @@ class LossChecks:
                     where=f"{name}, step {step}",
                     fix="see that its weight is not 0, and that teacher and student are not the same",
                 )
+
+
+def check_weights(method: nn.Module, step: int) -> None:
+    """See that all weights are finite.
+
+    Raises:
+        NonFiniteLossError: One is not, as after a finite loss with a gradient that is not.
+    """
+    if not torch.stack([value.isfinite().all() for value in method.state_dict().values()]).all():
+        raise NonFiniteLossError(expected="finite weights", got="NaN or infinity", where=f"step {step}", fix=_DIVERGED)

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -42,6 +42,7 @@ class MetricsLog:
     a resumed run included), and
 
     - ``"train"``: ``epoch``, ``lr``, ``losses``, ``images_per_second``, ``memory_mb``, ``extra``;
+    - ``"validation"``: ``epoch``, ``losses``, ``images``;
     - ``"eval"``: ``epoch``, ``scores``;
     - ``"event"``: ``message``.
 
@@ -55,6 +56,7 @@ class MetricsLog:
         batch_size: Images of one step over all ranks, the default of :meth:`tick`.
         enabled: Pass False on all ranks but 0: every method then does nothing.
         interval: Steps from one line to the next.
+        hook: Gets each line as a dict, after it is written.
 
     Raises:
         OptionError: If ``interval`` is not positive.
@@ -70,6 +72,7 @@ class MetricsLog:
         batch_size: int,
         enabled: bool = True,
         interval: int = 50,
+        hook: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         if interval < 1:
             raise OptionError(
@@ -81,10 +84,11 @@ class MetricsLog:
         self.batch_size = batch_size
         self.enabled = enabled
         self.interval = interval
+        self._hook = hook
         self._first_step = start_step + 1
         self._last_step = start_step
         self._images = 0  # since the last line
-        self._evaluated: set[int] = set()
+        self._done: set[tuple[str, int]] = set()  # kind and step of evaluations
         self._bar: Any = None
         if not enabled:
             return
@@ -92,7 +96,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         earlier_lines = _drop_after(self.path, start_step)
         earlier = max((line["seconds"] for line in earlier_lines), default=0.0)
-        self._evaluated = {line["step"] for line in earlier_lines if line["kind"] == "eval"}
+        self._done = {(line["kind"], line["step"]) for line in earlier_lines}
         self._window = time.perf_counter()
         self._start = self._window - earlier
         # 3. Show a bar where somebody watches.
@@ -175,9 +179,13 @@ class MetricsLog:
                 f"loss {sum(losses.values()):.3f} · {rate:.0f} img/s · {memory / 1024:.1f}G · {terms}"
             )
 
-    def has_evaluation(self, step: int) -> bool:
-        """Return whether an evaluation after a step is in the log already."""
-        return step in self._evaluated
+    def has(self, kind: str, step: int) -> bool:
+        """Return whether an evaluation ("eval") or validation after a step is in the log already."""
+        return (kind, step) in self._done
+
+    def validation(self, step: int, epoch: float, losses: Mapping[str, float], images: int) -> None:
+        """Report losses on validation images, means over ``images`` of them, as `evaluation` does scores."""
+        self._once("validation", step, epoch, losses, losses=losses, images=images)
 
     def evaluation(self, step: int, epoch: float, scores: Mapping[str, float]) -> None:
         """Report an evaluation, unless one of that step is in the log: a resumed run may repeat its last.
@@ -189,15 +197,19 @@ class MetricsLog:
             epoch: Passes over the data so far.
             scores: Any scores, such as ``ap`` without and ``ap_nms`` with NMS, 0..1.
         """
+        self._once("eval", step, epoch, scores, scores=scores)
+
+    def _once(self, kind: str, step: int, epoch: float, shown: Mapping[str, float], **fields: object) -> None:
         if not self.enabled:
             return
-        if not self.has_evaluation(step):
-            self._write("eval", step, epoch=epoch, scores=scores)
-            self._evaluated.add(step)
+        if not self.has(kind, step):
+            self._write(kind, step, epoch=epoch, **fields)
+            self._done.add((kind, step))
         self._restart_window()
         if self._bar is not None:
-            numbers = " · ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            self._bar.write(f"epoch {epoch:.1f} · step {step} · {numbers}", file=sys.stderr)
+            numbers = " · ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            start = f"epoch {epoch:.1f} · step {step}" + (" · validation" if kind == "validation" else "")
+            self._bar.write(f"{start} · {numbers}", file=sys.stderr)
 
     def message(self, text: str) -> None:
         """Print a message, above the bar, and log it as an event of the last reported step."""
@@ -215,7 +227,8 @@ class MetricsLog:
         """Append one line to the file and, where no bar is shown, to stdout."""
         self._last_step = step
         seconds = round(time.perf_counter() - self._start, 3)
-        line = json.dumps(_plain({"kind": kind, "step": step, **fields, "seconds": seconds}), allow_nan=False)
+        record = _plain({"kind": kind, "step": step, **fields, "seconds": seconds})
+        line = json.dumps(record, allow_nan=False)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -224,6 +237,8 @@ class MetricsLog:
             raise
         if self._bar is None:
             print(line, flush=True)
+        if self._hook is not None:
+            self._hook(record)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -265,9 +280,9 @@ def _is_line(value: Any) -> bool:
     """Return whether a value is a line of a log, with what its readers rely on."""
     if not isinstance(value, dict):
         return False
-    numbers = value.get("losses" if value.get("kind") == "train" else "scores", {})
+    numbers = value.get("scores" if value.get("kind") == "eval" else "losses", {})
     return (
-        value.get("kind") in ("train", "eval", "event")
+        value.get("kind") in ("train", "validation", "eval", "event")
         and type(value.get("step")) is int
         and _is_number(value.setdefault("seconds", 0.0))
         and isinstance(numbers, dict)
@@ -308,8 +323,8 @@ def _plain(value: Any) -> Any:
 
 def _memory_mb() -> float:
     """Measure the peak memory in MiB: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+    if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):  # nothing in a run on the CPU
+        return used / 2**20
     if sys.platform == "win32":
         return 0.0  # Windows has no such count
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

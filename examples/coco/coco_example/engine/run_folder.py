@@ -2,12 +2,14 @@
 
 ``config.json`` how the run was started · ``run.json`` its id and what it learns from · ``environment.json`` with what ·
 ``metrics.jsonl`` its log · ``last.pt`` and ``previous.pt`` everything needed to go on · ``model.safetensors`` and
-``model.json`` the finished detector · ``summary.json`` its scores · ``*.png`` pictures · ``run.lock`` keeps others out.
+``model.json`` the finished detector · ``summary.json`` its scores · ``best/`` the best detector of its evaluations ·
+``*.png`` pictures · ``tensorboard/`` its log for that · ``run.lock`` keeps others out.
 """
 
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ import crosskd_assign
 from coco_example.engine.checkpoints import CHECKPOINTS
 from coco_example.engine.distributed import Worker
 from coco_example.engine.identity import differences
+from coco_example.engine.loggers import TENSORBOARD
 from coco_example.engine.run_lock import LOCK, locked_folder
 from coco_example.errors import RunError
 from coco_example.files import read_json, write_json
@@ -31,6 +34,7 @@ __all__ = ["check_folder", "check_options", "claimed_folder", "environment", "go
 
 # What a run that was killed before its first checkpoint may leave: nothing that anybody would miss.
 _FIRST = {LOCK, "config.json", "run.json", "environment.json", "metrics.jsonl", "batch0.png"}
+_FIRST |= {TENSORBOARD}
 _FIRST |= {f"{name}.tmp" for name in (*_FIRST, "last.pt")} | {".batch0.png.tmp"}
 
 
@@ -112,10 +116,11 @@ def open_folder(folder: Path, options: Options, inputs: dict[str, Any], *, begun
         return None if then is None else str(then.get("id"))
 
     # 2. Start.
-    for name in _FIRST - {LOCK}:
+    for name in _FIRST - {LOCK, TENSORBOARD}:
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
     identity = uuid.uuid4().hex
-    write_json(folder / "environment.json", environment())
+    write_json(folder / "environment.json", environment(options.device))
     write_json(path, {"id": identity, **inputs})
     write_json(folder / "config.json", options.as_flat())  # last: with it, the run can be resumed
     return identity
@@ -144,16 +149,21 @@ def _refuse(folder: Path, what: str, differences: list[str], fix: str) -> None:
         )
 
 
-def environment() -> dict[str, str | int]:
-    """List versions and hardware, so that a result can be traced to what made it."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+def environment(device: str = "") -> dict[str, str | int]:
+    """List versions and hardware, so that a result can be traced to what made it.
+
+    Args:
+        device: What a run was told to compute on; empty: CUDA if there is one.
+    """
+    cuda = torch.cuda.is_available() and (not device or device.startswith("cuda"))
+    hardware = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     return {
         "crosskd_assign": crosskd_assign.__version__,
         "commit": _commit(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
-        "device": device,
+        "device": hardware,
         "threads": torch.get_num_threads(),
     }
 

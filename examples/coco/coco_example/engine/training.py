@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.nn.parallel import DistributedDataParallel
 
 from coco_example.data.dataset import Target
 from coco_example.data.reader import CocoIndex
-from coco_example.engine.checkpoints import load_checkpoint, misfit, save_checkpoint
+from coco_example.engine.checkpoints import check_processes, load_checkpoint, misfit, save_checkpoint
 from coco_example.engine.distributed import Worker
 from coco_example.engine.loading import TrainingData
-from coco_example.engine.loss_checks import DIVERGED, LossChecks
+from coco_example.engine.loss_checks import LossChecks, check_weights
 from coco_example.engine.metrics_log import MetricsLog
-from coco_example.engine.optimization import build_optimizer, ramped_average, relative_rate
+from coco_example.engine.optimization import Optimization
+from coco_example.engine.randomness import random_state, set_random_state
 from coco_example.engine.signals import Signals
-from coco_example.errors import NonFiniteLossError, RunError
+from coco_example.engine.validation import ValidationLosses
 from coco_example.options import Options
 from crosskd_assign import Distiller, fade
 
@@ -42,6 +41,7 @@ class Training:
         worker: This process.
         run: Id of the run, which its checkpoints have; None of a run of an earlier version.
         frozen: Parts of the detector that do not learn, whose batch norm stays in evaluation mode.
+        validation: Computes losses on other images at every evaluation.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Training:
         worker: Worker,
         run: str | None = None,
         frozen: Sequence[nn.Module] = (),
+        validation: ValidationLosses | None = None,
     ) -> None:
         self.options, self.folder, self.method, self.model, self.worker = options, folder, method, model, worker
         self.run, self.frozen = run, nn.ModuleList(frozen)
@@ -66,22 +67,18 @@ class Training:
         # 2. What every step moves.
         self.step = 0
         self.seconds = 0.0
-        self.rate = partial(relative_rate, total_steps=self.total_steps, options=loop)
-        self.optimizer = build_optimizer(method, loop)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
-        self.scaler = torch.amp.GradScaler(worker.device.type, enabled=loop.precision == "float16")
-        self.average: AveragedModel | None = None
-        if loop.ema > 0:
-            self.average = AveragedModel(model, multi_avg_fn=ramped_average(loop.ema), use_buffers=True)
+        self.optimization = Optimization(method, model, loop, self.total_steps, worker.device)
 
         # 3. What watches.
         self.check = LossChecks([record.id for record in index.records])
+        self.validation = validation
         self.module = worker.distribute(method)
 
     @property
     def result(self) -> nn.Module:
         """The network to evaluate and save: the average of its weights if there is one."""
-        return self.model if self.average is None else self.average.module
+        average = self.optimization.average
+        return self.model if average is None else average.module
 
     def fit(self, log: MetricsLog, score: Callable[[nn.Module], Mapping[str, float]], signals: Signals) -> None:
         """Train to the last step, saving, logging and scoring the detector on the way.
@@ -104,9 +101,8 @@ class Training:
         self.frozen.eval()
         begun = time.perf_counter() - self.seconds
         with signals.held(), self.data.batches(self.step) as batches:
-            for images, targets in batches:
-                losses = self._losses(images, targets)
-                self._update(losses)
+            while True:
+                losses, targets = self._train_on(batches)
                 self.step += 1
                 self.seconds = time.perf_counter() - begun
                 signals.place = f"at step {self.step}"
@@ -134,40 +130,53 @@ class Training:
         every = self.options.training.eval_every * self.data.steps_per_epoch
         if every == 0 or self.step % every or not 0 < self.step < self.total_steps:
             return
-        if self.worker.first_does(lambda: log.has_evaluation(self.step)):
+        if self.worker.first_does(lambda: log.has("eval", self.step)):
             return
         self.worker.share(self.result)
+        self.validate(log)
         log.evaluation(self.step, self.step / self.data.steps_per_epoch, score(self.result))
 
-    def _losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
+    def validate(self, log: MetricsLog) -> None:
+        """Log the losses on validation images, of the weights that are trained and not of their average."""
+        if self.validation is None or self.worker.first_does(lambda: log.has("validation", self.step)):
+            return
+        self.worker.share(self.method)
+        self._fade()
+        with self.optimization.autocast():
+            losses = self.validation(self.method)
+        log.validation(self.step, self.step / self.data.steps_per_epoch, losses, self.validation.images)
+
+    def _fade(self) -> None:
+        """Give distillation the weight it has at this step."""
         if isinstance(self.method, Distiller):
             done = self.step / max(1, self.total_steps)
             method = self.options.method
             self.method.distillation_weight = fade(done, warmup=method.distill_warmup, decay=method.distill_decay)
-        with self._autocast():
-            losses: dict[str, Tensor] = self.module(images, targets)
-        return losses
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        name = self.options.training.precision
-        return nullcontext() if name == "float32" else torch.autocast(self.worker.device.type, getattr(torch, name))
+    def _train_on(self, batches: Iterator[tuple[list[Tensor], list[Target]]]) -> tuple[dict[str, Tensor], list[Target]]:
+        """Take one step on the next ``accumulate`` batches; return their mean losses and all their targets."""
+        self._fade()
+        count = self.options.training.accumulate
+        means: dict[str, Tensor] = {}
+        seen: list[Target] = []
+        for n in range(count):
+            # 1. The losses of a batch, as parts of the mean.
+            images, targets = next(batches)
+            last = n == count - 1
+            with nullcontext() if last else _alone(self.module):
+                with self.optimization.autocast():
+                    losses = {name: loss / count for name, loss in self.module(images, targets).items()}
+                # 2. Its gradients, which add up.
+                if not last:
+                    self.optimization.backward(losses)
+            means = {name: loss.detach() + means.get(name, 0) for name, loss in losses.items()}
+            seen += targets
+        self._update(losses)
+        return means, seen
 
     def _update(self, losses: dict[str, Tensor]) -> None:
-        # 1. Gradients of the sum.
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.stack(list(losses.values())).sum()
-        self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if self.options.training.max_grad_norm > 0:
-            self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.options.training.max_grad_norm)
-
-        # 2. Weights, learning rate, average.
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        self.optimization.backward(losses)
+        self.optimization.update()
 
     def _log(self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target], *, check: bool) -> None:
         log.tick()
@@ -177,7 +186,8 @@ class Training:
             return
         values = self.check(losses, targets, self.step)
         if wanted:
-            rate = self.options.training.lr * self.rate(self.step - 1)  # the scheduler is at the next step already
+            # The scheduler is at the next step already.
+            rate = self.options.training.lr * self.optimization.rate(self.step - 1)
             log.step(self.step, values, epoch=self.step / self.data.steps_per_epoch, lr=rate)
 
     def release(self) -> None:
@@ -188,7 +198,7 @@ class Training:
     def budget(self) -> dict[str, float]:
         """Count what this run has cost, its teacher's training not included."""
         options = self.options.training
-        images = self.step * options.batch_size * self.worker.count
+        images = self.step * options.batch_size * options.accumulate * self.worker.count
         return {"epochs": options.epochs, "images": images, "seconds": round(self.seconds, 1)}
 
     def save(self) -> None:
@@ -197,11 +207,8 @@ class Training:
         Raises:
             NonFiniteLossError: A weight is not finite, as after a finite loss with a gradient that is not.
         """
-        if not torch.stack([value.isfinite().all() for value in self.method.state_dict().values()]).all():
-            raise NonFiniteLossError(
-                expected="finite weights", got="NaN or infinity", where=f"step {self.step}", fix=DIVERGED
-            )
-        random = self.worker.gather(_random_state(self.worker.device))
+        check_weights(self.method, self.step)
+        random = self.worker.gather(random_state(self.worker.device))
         if self.worker.first:
             state = {name: part.state_dict() for name, part in self._parts().items()}
             state |= {"step": self.step, "seconds": self.seconds, "random": random}
@@ -220,46 +227,26 @@ class Training:
         state = chosen or load_checkpoint(self.folder)
 
         # 2. The same number of processes.
-        if len(state["random"]) != self.worker.count:
-            raise RunError(
-                expected=f"{len(state['random'])} processes, as the run was started with",
-                got=f"{self.worker.count}",
-                where=f"{self.folder}",
-                fix="resume with as many, because its steps and schedule depend on them",
-            )
+        check_processes(state, self.worker.count, self.folder)
 
         # 3. Parts and random numbers.
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
-        _set_random_state(state["random"][self.worker.rank], self.worker.device)
+        set_random_state(state["random"][self.worker.rank], self.worker.device)
 
     def _wrong(self, state: dict[str, Any]) -> str | None:
         """Describe why a state is no checkpoint of this run; None if it is one."""
         if self.run is not None and state.get("run", self.run) != self.run:
             return "it is another run's"
         own: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
-        return misfit(own, state, total_steps=self.total_steps, random=_random_state(self.worker.device))
+        return misfit(own, state, total_steps=self.total_steps, random=random_state(self.worker.device))
 
     def _parts(self) -> dict[str, Any]:
         """Name the parts whose state is in a checkpoint."""
-        parts: dict[str, Any] = {
-            "method": self.method,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "scaler": self.scaler,
-        }
-        return parts if self.average is None else {**parts, "average": self.average}
+        return {"method": self.method, **self.optimization.parts()}
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _alone(module: nn.Module) -> AbstractContextManager[Any]:
+    """Let gradients add up on this process, to be exchanged with others once a step."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()

@@ -21,8 +21,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from coco_example.errors import ModelError, first_line
+from coco_example.models.timm_backbone import timm_backbone
 from coco_example.models.weights import load_weights
-from coco_example.options import Architecture, Backbone, ModelOptions
+from coco_example.options import TIMM, Architecture, Backbone, ModelOptions
 from crosskd_assign import SelectionBranch
 
 __all__ = ["build_detector", "selection_of", "torchvision_detector"]
@@ -95,9 +96,10 @@ def build_detector(options: ModelOptions, num_classes: int) -> nn.Module:
         ModelError: Unknown names, numbers that cannot be, or weights that do not fit.
     """
     # 1. Refuse what a command line or a file may name but nobody can build.
-    if options.architecture not in get_args(Architecture) or options.backbone not in get_args(Backbone):
+    named = options.backbone in get_args(Backbone) or options.backbone.startswith(TIMM)
+    if options.architecture not in get_args(Architecture) or not named:
         raise ModelError(
-            expected=f"an architecture of {get_args(Architecture)} on a backbone of {get_args(Backbone)}",
+            expected=f"an architecture of {get_args(Architecture)} on a backbone of {get_args(Backbone)} or timm:NAME",
             got=f"{options.architecture!r} on {options.backbone!r}",
             where="build_detector",
             fix="choose from these",
@@ -113,7 +115,7 @@ def build_detector(options: ModelOptions, num_classes: int) -> nn.Module:
         )
 
     # 2. Backbone and pyramid.
-    backbone = _small_backbone(options, channels) if small else _torchvision_backbone(options, channels)
+    backbone = _small_backbone(options, channels) if small else _large_backbone(options, channels)
     strides = (8, 16, 32, 64) if small else (8, 16, 32, 64, 128)
 
     # 3. Anchors and head.
@@ -162,7 +164,7 @@ def _small_backbone(options: ModelOptions, out_channels: int) -> SmallBackbone:
     return backbone
 
 
-def _torchvision_backbone(options: ModelOptions, out_channels: int) -> BackboneWithFPN:
+def _large_backbone(options: ModelOptions, out_channels: int) -> nn.Module:
     """Build backbone and pyramid as torchvision does for dense detectors, P3 to P7."""
     if not -1 <= options.trainable_stages <= 5:
         raise ModelError(
@@ -171,6 +173,14 @@ def _torchvision_backbone(options: ModelOptions, out_channels: int) -> BackboneW
             where="--trainable-stages",
             fix="choose within, or -1 for the usual",
         )
+    if options.backbone.startswith(TIMM):
+        name = options.backbone.removeprefix(TIMM)
+        return timm_backbone(name, options.backbone_weights, options.trainable_stages, out_channels)
+    backbone: nn.Module = _torchvision_backbone(options, out_channels)
+    return backbone
+
+
+def _torchvision_backbone(options: ModelOptions, out_channels: int) -> BackboneWithFPN:
     # 1. The classification network, its last stages left out.
     body = _classification_body(options.backbone, options.backbone_weights)
     widths, strides = _measure(body)

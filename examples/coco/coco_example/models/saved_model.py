@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 from typing_extensions import Self
 
 from coco_example.data.values import Identifier
-from coco_example.errors import RunError, first_line
+from coco_example.errors import MissingPackageError, RunError, first_line
 from coco_example.files import digest, read_json, write_json, write_whole
 from coco_example.models.detectors import build_detector
 from coco_example.models.score_thresholds import ScoreThresholds
 from coco_example.models.weights import load_weights
 from coco_example.options import ModelOptions
 
-__all__ = ["ModelSpec", "load_model", "save_model", "save_spec"]
+__all__ = ["ModelSpec", "load_model", "read_notes", "save_model", "save_spec"]
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 # How training starts; a finished detector has its own weights.
 _NOT_STORED = {"backbone_weights", "trainable_stages"}
@@ -94,10 +98,11 @@ def _is_category(value: Any) -> bool:
     return kinds in ([int, str], [str, str])  # an `Identifier` and a name
 
 
-def save_model(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Write the finished detector: weights alone, with their digest, and what they belong to."""
+def save_model(folder: Path, model: nn.Module, spec: ModelSpec, notes: Mapping[str, str] = _NOTHING) -> None:
+    """Write the finished detector: weights alone, with their digest and any notes, and what they belong to."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    write_whole(folder / "model.safetensors", save(state, metadata={"digest": digest(dict(sorted(state.items())))}))
+    metadata = {**notes, "digest": digest(dict(sorted(state.items())))}
+    write_whole(folder / "model.safetensors", save(state, metadata=metadata))
     save_spec(folder, spec)
 
 
@@ -106,12 +111,24 @@ def save_spec(folder: Path, spec: ModelSpec) -> None:
     write_json(folder / "model.json", spec.as_flat())
 
 
+def read_notes(folder: Path) -> dict[str, str]:
+    """Read what `save_model` noted beside the weights.
+
+    Raises:
+        OSError: No such file.
+        SafetensorError: Something else in it.
+    """
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
     """Build the finished detector of a run, in evaluation mode.
 
     Raises:
         RunError: The folder holds no finished run, or something else under the names of its files.
         ModelError: Its weights do not fit.
+        MissingPackageError: Its backbone is a package's that is not installed.
     """
     path = folder / "model.json"
     if not path.exists():
@@ -122,6 +139,8 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
     try:
         spec = ModelSpec.from_flat(values)
         model = build_detector(spec.model, spec.num_classes)
+    except MissingPackageError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:  # what torch raises of numbers that cannot be
         raise RunError(
             expected="the description of a detector",

@@ -26,7 +26,7 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(workshop, tmp_path,
     original = Training._update
 
     def update(training: Training, losses: dict[str, Tensor]) -> None:
-        used.append({group["lr"] for group in training.optimizer.param_groups})
+        used.append({group["lr"] for group in training.optimization.optimizer.param_groups})
         original(training, losses)
 
     monkeypatch.setattr(Training, "_update", update)
