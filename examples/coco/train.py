@@ -16,12 +16,14 @@ from coco_example.commands import run_command, say
 from coco_example.data.annotations import Category
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
-from coco_example.data.preflight import judge_pictures, judge_splits
+from coco_example.data.preflight import judge_pictures, judge_splits, judge_unlabelled
 from coco_example.data.reader import CocoIndex, read_coco
 from coco_example.data.scenes import write_scenes
+from coco_example.data.unlabelled import read_unlabelled
 from coco_example.data.values import Identifier
 from coco_example.engine.distributed import Worker, join_workers
 from coco_example.engine.identity import describe_data, describe_teacher
+from coco_example.engine.loading import TrainingData
 from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.processor import slow_precision
 from coco_example.engine.run_folder import claimed_folder, environment, goes_on, open_folder
@@ -73,6 +75,7 @@ def run(options: Options) -> Evaluation | None:
 def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, begun: bool) -> Evaluation | None:
     # 1. Images.
     train, val = _load_data(options, worker)
+    unlabelled = _load_unlabelled(options, train, val, worker)
 
     # 2. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
     torch.manual_seed(options.seed)
@@ -89,14 +92,14 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
 
     # 4. The folder: only now, because a refused teacher must not leave one that looks in use.
     def start() -> str | None:
-        data = {"train": describe_data(train), "val": describe_data(val)}
-        return open_folder(folder, options, data | {"teacher": describe_teacher(teacher, labels)}, begun=begun)
+        inputs = {"train": describe_data(train), "val": describe_data(val), "unlabelled": describe_data(unlabelled)}
+        return open_folder(folder, options, inputs | {"teacher": describe_teacher(teacher, labels)}, begun=begun)
 
     identity = worker.first_does(start)
 
     # 5. Train.
     torch.manual_seed(options.seed + 1 + worker.rank)
-    training = Training(options, folder, method, model, train, worker, identity, frozen)
+    training = Training(options, folder, method, model, train, worker, identity, frozen, unlabelled)
     if begun:
         training.resume()
     with _open_log(folder, training, options) as log:
@@ -152,7 +155,10 @@ def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoInd
     if training.worker.first:
         if training.step == 0:
             log.message(f"data: {train.report}")
-            _draw_first_batch(folder, training.data.dataset)
+            if training.data.unlabelled is not None:
+                share = f"{training.data.unlabelled_per_step} of {training.options.training.batch_size} in a batch"
+                log.message(f"without labels: {len(training.data.unlabelled):,} images, {share}")
+            _draw_first_batch(folder, training.data)
         slow = slow_precision(training.options.training.precision, training.worker.device)
         if slow is not None:
             log.message(slow)
@@ -184,6 +190,8 @@ def _finish(
             ("before, with NMS", before.nms, before.duplicates_nms),
         ]
         say(table(rows))
+    if training.data.unlabelled is not None:
+        summary["unlabelled"] = {"images": len(training.data.unlabelled)}
     summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment()}
     write_json(folder / "summary.json", summary)
     draw_report(
@@ -225,6 +233,18 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
         judge_pictures(val, decode=True)
     worker.wait()
     return train, val
+
+
+def _load_unlabelled(options: Options, train: CocoIndex, val: CocoIndex, worker: Worker) -> CocoIndex | None:
+    """Find the pictures without labels, if a folder of them is named."""
+    if not options.dataset.unlabelled:
+        return None
+    unlabelled, warnings = read_unlabelled(Path(options.dataset.unlabelled))
+    if worker.first:
+        for warning in (*warnings, *judge_unlabelled(unlabelled, train, val)):
+            say(f"warning: {warning}")
+    worker.wait()
+    return unlabelled
 
 
 def _classes_of(run: str) -> list[Category] | None:
@@ -302,10 +322,12 @@ def _for_log(scores: Evaluation) -> dict[str, float]:
     return {name: values[name] for name in ("ap", "ap_nms", "ap50", "ap50_nms", "duplicates", "duplicates_nms")}
 
 
-def _draw_first_batch(folder: Path, dataset: CocoDataset) -> None:
-    """Draw what augmentation really does, before any time is spent on it."""
-    samples = [dataset[(0, i)] for i in range(min(4, len(dataset)))]
-    names = {label: c.name for label, c in enumerate(dataset.index.categories, start=1)}
+def _draw_first_batch(folder: Path, data: TrainingData) -> None:
+    """Draw what augmentation really does, before any time is spent on it; images without labels have no boxes."""
+    samples = [data.dataset[(0, i)] for i in range(min(4, len(data.dataset)))]
+    if data.unlabelled is not None:
+        samples += [data.unlabelled[(0, i)] for i in range(min(2, len(data.unlabelled)))]
+    names = {label: c.name for label, c in enumerate(data.dataset.index.categories, start=1)}
     boxes = [Target(boxes=target["boxes"], labels=target["labels"]) for _, target in samples]
     draw_predictions(folder / "batch0.png", [image for image, _ in samples], [("training image", boxes)], names)
 

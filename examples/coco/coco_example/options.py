@@ -44,7 +44,7 @@ Metric = Literal["poto", "balanced", "task-aligned", "yolo"]
 
 # A resumed run may differ in these without becoming another run.
 FREE_ON_RESUME = frozenset(
-    {"output", "resume", "workers", "log_every", "save_every", "data_path", "teacher", "convert"}
+    {"output", "resume", "workers", "log_every", "save_every", "data_path", "unlabelled", "teacher", "convert"}
 )
 
 
@@ -62,6 +62,10 @@ class DataOptions:
     val_images: Annotated[str, "folder of the pictures to evaluate on, found likewise"] = ""
     augmentation: Annotated[Level, "augmentation of training images"] = "flip"
     mosaic: Annotated[float, "probability of joining four training images into one"] = 0.0
+    unlabelled: Annotated[
+        str, "folder of pictures without labels, in any tree below it, which distillation alone learns from"
+    ] = ""
+    unlabelled_share: Annotated[float, "their share of every batch; an epoch is one of the images with labels"] = 0.5
     cache: Annotated[bool, "keep decoded images in memory"] = False
     workers: Annotated[int, "processes that load images"] = 0
 
@@ -160,6 +164,12 @@ class Options:
     teachers: TeacherOptions = field(default_factory=TeacherOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    @property
+    def unlabelled_per_step(self) -> int:
+        """Count the images without labels in the batch of one process."""
+        share = self.dataset.unlabelled_share
+        return round(share * self.training.batch_size) if self.dataset.unlabelled and 0 < share < 1 else 0
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Self:
@@ -320,6 +330,14 @@ def _conflict(options: Options) -> str | None:
         (
             teachers.inherit_head and not (teachers.inherit or teachers.inherit_from),
             "expected --inherit or --inherit-from for --inherit-head, but got neither",
+        ),
+        (
+            bool(dataset.unlabelled) and method.arm in ("one-to-many", "one-to-one"),
+            f"expected an arm that distils for --unlabelled, but got --arm {method.arm}: nothing else learns from them",
+        ),
+        (
+            bool(dataset.unlabelled) and not 0 < options.unlabelled_per_step < options.training.batch_size,
+            f"expected images of both kinds in a batch, but got --unlabelled-share {dataset.unlabelled_share}",
         ),
         (
             dataset.data != "demo" and not Path(dataset.data_path).exists(),

@@ -32,6 +32,7 @@ class ResumableSampler(Sampler[list[Key]]):
     rank: int = 0
     world_size: int = 1
     start_batch: int = 0  # batches already done since the training began
+    stream: tuple[int, ...] = ()  # further numbers that the order is drawn from
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.batch_size < 1 or not 0 <= self.rank < self.world_size or self.start_batch < 0:
@@ -50,8 +51,23 @@ class ResumableSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         first, done = divmod(self.start_batch, self.batches_per_epoch)
         for epoch in itertools.count(first):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            order = np.random.default_rng((self.seed, epoch, *self.stream)).permutation(self.length)
             batches = np.resize(order, (self.batches_per_epoch, self.world_size, self.batch_size))[:, self.rank]
             for batch in batches[done:].tolist():
                 yield [(epoch, i) for i in batch]
             done = 0
+
+
+@dataclass(frozen=True)
+class MixedSampler(Sampler[list[Key]]):
+    """Endless batches of two sets: some images of the first, then some of the second, for `MixedDataset`.
+
+    Each set has an order and epochs of its own: the second one goes on where it was when the first one ends.
+    """
+
+    first: ResumableSampler
+    second: ResumableSampler
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for own, others in zip(self.first, self.second, strict=True):
+            yield [*own, *((epoch, self.first.length + i) for epoch, i in others)]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from coco_example.data.augmentation import augmentation
-from coco_example.data.dataset import CocoDataset, Target
+from coco_example.data.dataset import CocoDataset, MixedDataset, Target
 from coco_example.data.reader import CocoIndex
-from coco_example.data.sampler import ResumableSampler
+from coco_example.data.sampler import Key, MixedSampler, ResumableSampler
 from coco_example.engine.distributed import Worker
 from coco_example.engine.loaders import loaded
 from coco_example.options import Options
 
 __all__ = ["TrainingData"]
+
+_UNLABELLED = (1,)  # the stream of random numbers of images without labels
 
 
 class TrainingData:
@@ -26,47 +29,70 @@ class TrainingData:
         options: The run's.
         index: Images to train on.
         worker: This process.
+        unlabelled: Images without labels, a share of every batch; their target is None.
 
     Attributes:
-        dataset: The images, augmented.
-        steps_per_epoch: Batches that each process gets in one epoch.
+        dataset: The images with labels, augmented.
+        unlabelled: The images without, augmented alike.
+        steps_per_epoch: Batches that each process gets in one epoch of the images with labels.
     """
 
-    def __init__(self, options: Options, index: CocoIndex, worker: Worker) -> None:
+    def __init__(self, options: Options, index: CocoIndex, worker: Worker, unlabelled: CocoIndex | None = None) -> None:
         self._options, self._worker = options, worker
-        data, model = options.dataset, options.model
-        self.dataset = CocoDataset(
-            index,
-            augmentation(model.size, data.augmentation, model.short_side),
-            seed=options.seed,
-            cache=data.cache,
-            mosaic=data.mosaic,
-        )
+        self.dataset = self._augmented(index)
+        self.unlabelled = None if unlabelled is None else self._augmented(unlabelled, _UNLABELLED)
         self.steps_per_epoch = self._sampler(0).batches_per_epoch
 
+    @property
+    def unlabelled_per_step(self) -> int:
+        """Count the images without labels in the batch of one process."""
+        return 0 if self.unlabelled is None else self._options.unlabelled_per_step
+
+    def _augmented(self, index: CocoIndex, stream: tuple[int, ...] = ()) -> CocoDataset:
+        data, model = self._options.dataset, self._options.model
+        return CocoDataset(
+            index,
+            augmentation(model.size, data.augmentation, model.short_side),
+            seed=self._options.seed,
+            cache=data.cache,
+            mosaic=data.mosaic,
+            stream=stream,
+        )
+
     def _sampler(self, step: int) -> ResumableSampler:
+        return self._order(len(self.dataset), self._options.training.batch_size - self.unlabelled_per_step, step)
+
+    def _order(self, length: int, count: int, step: int, stream: tuple[int, ...] = ()) -> ResumableSampler:
         return ResumableSampler(
-            len(self.dataset),
-            self._options.training.batch_size,
+            length,
+            count,
             seed=self._options.seed,
             rank=self._worker.rank,
             world_size=self._worker.count,
             start_batch=step,
+            stream=stream,
         )
 
+    def _source(self, step: int) -> tuple[Dataset[tuple[Tensor, Target | None]], Iterable[list[Key]]]:
+        """Choose the images, and their order from a step on."""
+        if self.unlabelled is None:
+            return self.dataset, self._sampler(step)
+        others = self._order(len(self.unlabelled), self.unlabelled_per_step, step, _UNLABELLED)
+        return MixedDataset(self.dataset, self.unlabelled), MixedSampler(self._sampler(step), others)
+
     @contextmanager
-    def batches(self, step: int) -> Iterator[Iterator[tuple[list[Tensor], list[Target]]]]:
+    def batches(self, step: int) -> Iterator[Iterator[tuple[list[Tensor], list[Target | None]]]]:
         """Load endless batches from a step on, onto the process's device, until the block ends."""
         device = self._worker.device
-        with loaded(
-            self.dataset,
-            self._sampler(step),
-            workers=self._options.dataset.workers,
-            pin_memory=device.type == "cuda",
-        ) as batches:
+        dataset, order = self._source(step)
+        with loaded(dataset, order, workers=self._options.dataset.workers, pin_memory=device.type == "cuda") as batches:
             yield (_moved(images, targets, device) for images, targets in batches)
 
 
-def _moved(images: list[Tensor], targets: list[Target], device: torch.device) -> tuple[list[Tensor], list[Target]]:
-    moved = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
+def _moved(
+    images: list[Tensor], targets: list[Target | None], device: torch.device
+) -> tuple[list[Tensor], list[Target | None]]:
+    moved = [
+        None if t is None else {name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets
+    ]
     return [image.to(device, non_blocking=True) for image in images], moved

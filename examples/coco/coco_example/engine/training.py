@@ -42,6 +42,7 @@ class Training:
         worker: This process.
         run: Id of the run, which its checkpoints have; None of a run of an earlier version.
         frozen: Parts of the detector that do not learn, whose batch norm stays in evaluation mode.
+        unlabelled: Images without labels, a share of every step.
     """
 
     def __init__(
@@ -54,13 +55,14 @@ class Training:
         worker: Worker,
         run: str | None = None,
         frozen: Sequence[nn.Module] = (),
+        unlabelled: CocoIndex | None = None,
     ) -> None:
         self.options, self.folder, self.method, self.model, self.worker = options, folder, method, model, worker
         self.run, self.frozen = run, nn.ModuleList(frozen)
 
         # 1. Images.
         loop = options.training
-        self.data = TrainingData(options, index, worker)
+        self.data = TrainingData(options, index, worker, unlabelled)
         self.total_steps = self.data.steps_per_epoch * loop.epochs
 
         # 2. What every step moves.
@@ -117,7 +119,7 @@ class Training:
                     self._evaluate(log, score)
 
     def _log_and_save(
-        self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target], signals: Signals
+        self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target | None], signals: Signals
     ) -> bool:
         """Finish a step; return whether a signal came to any process, so that all stop at the same step."""
         every = self.options.training.save_every
@@ -139,7 +141,7 @@ class Training:
         self.worker.share(self.result)
         log.evaluation(self.step, self.step / self.data.steps_per_epoch, score(self.result))
 
-    def _losses(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
+    def _losses(self, images: list[Tensor], targets: list[Target | None]) -> dict[str, Tensor]:
         if isinstance(self.method, Distiller):
             done = self.step / max(1, self.total_steps)
             method = self.options.method
@@ -169,7 +171,7 @@ class Training:
         if self.average is not None:
             self.average.update_parameters(self.model)
 
-    def _log(self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target], *, check: bool) -> None:
+    def _log(self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target | None], *, check: bool) -> None:
         log.tick()
         # Reading a loss waits for an accelerator; on a CPU it is free, and every step is checked.
         wanted = log.wants(self.step)
@@ -189,7 +191,10 @@ class Training:
         """Count what this run has cost, its teacher's training not included."""
         options = self.options.training
         images = self.step * options.batch_size * self.worker.count
-        return {"epochs": options.epochs, "images": images, "seconds": round(self.seconds, 1)}
+        spent = {"epochs": options.epochs, "images": images, "seconds": round(self.seconds, 1)}
+        if self.data.unlabelled is None:
+            return spent
+        return {**spent, "images_unlabelled": self.step * self.data.unlabelled_per_step * self.worker.count}
 
     def save(self) -> None:
         """Write a checkpoint of everything that the rest of the run depends on.
