@@ -23,8 +23,8 @@ from coco_example.data.values import Identifier
 from coco_example.evaluation.coco_metrics import coco_results
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, detect, score, table
 from coco_example.files import write_json, write_whole
+from coco_example.models.foreign import python_detector
 from coco_example.models.saved_model import load_model
-from coco_example.models.teachers import python_detector
 
 from crosskd_assign import adapt
 
@@ -35,7 +35,7 @@ def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Iden
     """Load a run's detector or a user's own.
 
     Returns:
-        The detector, the category id of each of its labels, its classes if they have names, and what describes it.
+        The detector, the category id of each of its labels, its classes if all have names, and what describes it.
     """
     ranking: Ranking = "class" if options.class_score else "class_quality"
     given = options.top_k
@@ -46,7 +46,8 @@ def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Iden
     model, spec = load_model(options.run)
     adapter, top_k = adapt(model.to(options.device)), spec.model.top_k if given is None else given
     detector = Detector(adapter, ranking if spec.one_to_many else "class", top_k)
-    return detector, spec.label_to_category, [Category(*category) for category in spec.categories], spec.as_flat()
+    classes = None if spec.detector else [Category(*category) for category in spec.categories]
+    return detector, spec.label_to_category, classes, spec.as_flat()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -54,7 +54,15 @@ def export(
             where=f"{run}",
             fix="export one trained with --arm one-to-one or cross-head",
         )
-    transform: Any = model.transform
+    transform: Any = getattr(model, "transform", None)  # torchvision's
+    if transform is None and preprocessing == "outside":
+        raise RunError(
+            expected="images that the file resizes itself, for a detector of a Python file",
+            got="--preprocessing outside",
+            where=f"{run}",
+            fix="leave it out, or export the detector with crosskd_assign.export.export_onnx",
+        )
+    form = {"architecture": spec.model.architecture, "backbone": spec.model.backbone}
     return export_onnx(
         EndToEndDetector(model, selection=selection_of(model), top_k=spec.model.top_k if top_k is None else top_k),
         path,
@@ -62,10 +70,9 @@ def export(
         preprocessing=preprocessing,
         class_names=spec.label_to_name,
         metadata={
-            "architecture": spec.model.architecture,
-            "backbone": spec.model.backbone,
-            "short_side": str(transform.min_size[-1]),
-            "long_side": str(transform.max_size),
+            **({"detector": spec.detector} if spec.detector else form),
+            "short_side": str(spec.model.size if transform is None else transform.min_size[-1]),
+            "long_side": str(spec.model.size if transform is None else transform.max_size),
         },
         opset=opset,
     )

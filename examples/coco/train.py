@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from coco_example.commands import run_command, say
-from coco_example.data.annotations import Category
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
 from coco_example.data.preflight import judge_pictures, judge_splits, judge_unlabelled
@@ -29,14 +28,22 @@ from coco_example.engine.processor import slow_precision
 from coco_example.engine.run_folder import claimed_folder, environment, goes_on, open_folder
 from coco_example.engine.signals import Interrupted, Signals, caught_signals
 from coco_example.engine.training import Training
-from coco_example.errors import DataError, RunError
+from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import Detector, Evaluation, evaluate, table
 from coco_example.figures.draw import draw_predictions
 from coco_example.figures.report import draw_report
 from coco_example.files import write_json
+from coco_example.models.conversion import (
+    Source,
+    classes_of_run,
+    in_labels_of,
+    load_source,
+    refuse_unknown,
+    trained_labels,
+)
 from coco_example.models.detectors import build_detector
 from coco_example.models.methods import METRICS, build_method, freeze, needs_teacher
-from coco_example.models.saved_model import ModelSpec, load_model, save_model
+from coco_example.models.saved_model import ModelSpec, save_model
 from coco_example.models.teachers import TeacherInTraining, load_teacher
 from coco_example.options import Options, parse_options
 from torch import nn
@@ -73,19 +80,26 @@ def run(options: Options) -> Evaluation | None:
 
 
 def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, begun: bool) -> Evaluation | None:
-    # 1. Images.
+    # 1. Images, and the detector that is converted if it is no run's: it has a size and labels of its own.
+    asked, source = options, load_source(options)
+    if source is not None:
+        options = replace(options, model=source.at_own_size(options.model))
     train, val = _load_data(options, worker)
+    spec = _spec(options, train) if source is None else source.spec(options.model, train)
+    train = in_labels_of(train, spec)
     unlabelled = _load_unlabelled(options, train, val, worker)
 
     # 2. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(options.deterministic)
-    model = build_detector(options.model, train.num_classes)
+    model = build_detector(options.model, train.num_classes) if source is None else source.student(options.model)
 
     # 3. What it learns from, what it starts with, and how it is trained.
-    teacher, labels = _load_teacher(options, model, val, worker, check=not begun)
-    _inherit(options, model, teacher, worker)
-    method = build_method(options.method, model.to(worker.device), teacher).to(worker.device)
+    teacher, labels = _load_teacher(options, model, val, worker, source, check=not begun)
+    if source is None:
+        _inherit(options, model, teacher, worker)
+    classes = trained_labels(train, spec)
+    method = build_method(options.method, model.to(worker.device), teacher, classes).to(worker.device)
     frozen = freeze(model, options.method.freeze)
     if options.training.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -93,7 +107,7 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
     # 4. The folder: only now, because a refused teacher must not leave one that looks in use.
     def start() -> str | None:
         inputs = {"train": describe_data(train), "val": describe_data(val), "unlabelled": describe_data(unlabelled)}
-        return open_folder(folder, options, inputs | {"teacher": describe_teacher(teacher, labels)}, begun=begun)
+        return open_folder(folder, asked, inputs | {"teacher": describe_teacher(teacher, labels)}, begun=begun)
 
     identity = worker.first_does(start)
 
@@ -103,17 +117,20 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
     if begun:
         training.resume()
     with _open_log(folder, training, options) as log:
-        _introduce(log, training, folder, train)
+        _introduce(log, training, folder, train, spec)
         try:
-            training.fit(log, lambda network: _for_log(_score(network, val, options, worker)), signals)
+            training.fit(log, lambda network: _for_log(_score(network, val, options, worker, spec)), signals)
         finally:
             training.release()
 
         # 6. Save, evaluate and draw.
-        categories = tuple((category.id, category.name) for category in train.categories)
-        spec = ModelSpec(options.model, options.method.arm == "one-to-many", categories)
         shown = labels == spec.label_to_category  # else the teacher's labels mean other classes
         return _finish(folder, training, log, val, spec, teacher if shown else None)
+
+
+def _spec(options: Options, train: CocoIndex) -> ModelSpec:
+    categories = tuple((category.id, category.name) for category in train.categories)
+    return ModelSpec(options.model, options.method.arm == "one-to-many", categories)
 
 
 def _inherit(options: Options, model: nn.Module, teacher: nn.Module | None, worker: Worker) -> None:
@@ -150,7 +167,7 @@ def _open_log(folder: Path, training: Training, options: Options) -> MetricsLog:
     )
 
 
-def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoIndex) -> None:
+def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoIndex, spec: ModelSpec) -> None:
     """Report what the run is trained on, and what would slow it down."""
     if training.worker.first:
         if training.step == 0:
@@ -158,7 +175,7 @@ def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoInd
             if training.data.unlabelled is not None:
                 share = f"{training.data.unlabelled_per_step} of {training.options.training.batch_size} in a batch"
                 log.message(f"without labels: {len(training.data.unlabelled):,} images, {share}")
-            _draw_first_batch(folder, training.data)
+            _draw_first_batch(folder, training.data, spec.label_to_name)
         slow = slow_precision(training.options.training.precision, training.worker.device)
         if slow is not None:
             log.message(slow)
@@ -173,10 +190,11 @@ def _finish(
     if worker.first:
         save_model(folder, network, spec)
     worker.share(network)
-    scores = _score(network, val, options, worker)
+    scores = _score(network, val, options, worker, spec)
     before = None
     if teacher is not None and options.teachers.convert:
-        before = _score(teacher, val, replace(options, method=replace(options.method, arm="one-to-many")), worker)
+        asked = replace(options, method=replace(options.method, arm="one-to-many"))
+        before = _score(teacher, val, asked, worker, spec)
     if not worker.first:
         return None
 
@@ -197,7 +215,7 @@ def _finish(
     draw_report(
         folder,
         _detector(network, options),
-        CocoDataset(val),
+        CocoDataset(in_labels_of(val, spec)),
         spec.label_to_name,
         None if teacher is None else Detector(adapt(teacher), ranking="class_quality"),
         assigner=None if spec.one_to_many else METRICS[options.method.metric],
@@ -212,15 +230,9 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
     if data.data == "demo" and worker.first:
         write_scenes(root)
     worker.wait()
-    classes = _classes_of(options.teachers.convert)
+    classes = classes_of_run(options.teachers.convert)
     train = read_coco(*locate_split(root, "train", data.train_annotations, data.train_images), classes)
-    if train.annotations.unknown:
-        raise DataError(
-            expected="classes of the detector that is converted",
-            got=", ".join(map(str, train.annotations.unknown[:5])),
-            where=f"categories of {train.annotations.file}",
-            fix="leave their boxes out, or train a detector that has them",
-        )
+    refuse_unknown(train.annotations.unknown, train)
     val = read_coco(*locate_split(root, "val", data.val_annotations, data.val_images), train.categories)
 
     # 2. Judge them. Validation pictures are decoded, too: a broken one would be found after the last epoch.
@@ -247,16 +259,8 @@ def _load_unlabelled(options: Options, train: CocoIndex, val: CocoIndex, worker:
     return unlabelled
 
 
-def _classes_of(run: str) -> list[Category] | None:
-    """List the classes of the detector that is converted; without one, those of the training file will do."""
-    if not run:
-        return None
-    _, spec = load_model(Path(run))
-    return [Category(*category) for category in spec.categories]
-
-
 def _load_teacher(
-    options: Options, student: nn.Module, val: CocoIndex, worker: Worker, *, check: bool
+    options: Options, student: nn.Module, val: CocoIndex, worker: Worker, source: Source | None, *, check: bool
 ) -> tuple[nn.Module | None, dict[int, Identifier]]:
     """Load the teacher, if one is named and used, and the COCO category of each of its labels."""
     given = options.teachers
@@ -264,7 +268,10 @@ def _load_teacher(
     reference = given.convert or given.teacher
     if not (reference and used):
         return None, {}
-    teacher, labels = load_teacher(reference, options.model, val.categories)
+    if source is None:
+        teacher, labels = load_teacher(reference, options.model, val.categories)
+    else:
+        teacher, labels = source.model, source.labels
     teacher.to(worker.device)
     if check:
         _preflight(teacher, student, val, labels, options, worker)
@@ -307,10 +314,11 @@ def _detector(network: nn.Module, options: Options) -> Detector:
     return Detector(adapt(network), "class_quality" if one_to_many else "class", options.model.top_k)
 
 
-def _score(network: nn.Module, index: CocoIndex, options: Options, worker: Worker) -> Evaluation:
+def _score(network: nn.Module, index: CocoIndex, options: Options, worker: Worker, spec: ModelSpec) -> Evaluation:
     return evaluate(
         _detector(network, options),
         index,
+        label_to_category=spec.label_to_category if spec.detector else None,
         batch_size=options.training.batch_size,
         workers=options.dataset.workers,
         worker=worker,
@@ -322,12 +330,11 @@ def _for_log(scores: Evaluation) -> dict[str, float]:
     return {name: values[name] for name in ("ap", "ap_nms", "ap50", "ap50_nms", "duplicates", "duplicates_nms")}
 
 
-def _draw_first_batch(folder: Path, data: TrainingData) -> None:
+def _draw_first_batch(folder: Path, data: TrainingData, names: dict[int, str]) -> None:
     """Draw what augmentation really does, before any time is spent on it; images without labels have no boxes."""
     samples = [data.dataset[(0, i)] for i in range(min(4, len(data.dataset)))]
     if data.unlabelled is not None:
         samples += [data.unlabelled[(0, i)] for i in range(min(2, len(data.unlabelled)))]
-    names = {label: c.name for label, c in enumerate(data.dataset.index.categories, start=1)}
     boxes = [Target(boxes=target["boxes"], labels=target["labels"]) for _, target in samples]
     draw_predictions(folder / "batch0.png", [image for image, _ in samples], [("training image", boxes)], names)
 
