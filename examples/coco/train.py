@@ -29,6 +29,7 @@ from coco_example.engine.run_folder import claimed_folder, environment, goes_on,
 from coco_example.engine.signals import Interrupted, Signals, caught_signals
 from coco_example.engine.training import Training
 from coco_example.errors import RunError
+from coco_example.evaluation.comparison import comparison_table, time_both
 from coco_example.evaluation.evaluation import Detector, Evaluation, evaluate, table
 from coco_example.figures.draw import draw_predictions
 from coco_example.figures.report import draw_report
@@ -191,23 +192,19 @@ def _finish(
         save_model(folder, network, spec)
     worker.share(network)
     scores = _score(network, val, options, worker, spec)
-    before = None
-    if teacher is not None and options.teachers.convert:
-        asked = replace(options, method=replace(options.method, arm="one-to-many"))
-        before = _score(teacher, val, asked, worker, spec)
+    asked = replace(options, method=replace(options.method, arm="one-to-many"))
+    converted = teacher if options.teachers.convert else None
+    before = None if converted is None else _score(converted, val, asked, worker, spec)
     if not worker.first:
         return None
 
     # 2. Report.
     log.evaluation(training.step, options.training.epochs, _for_log(scores))
     summary = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
-    if before is not None:
-        summary["before"] = before.as_dict()
-        rows = [
-            ("before, without NMS", before.plain, before.duplicates),
-            ("before, with NMS", before.nms, before.duplicates_nms),
-        ]
-        say(table(rows))
+    if before is not None and converted is not None:
+        times = time_both(_detector(converted, asked), _detector(network, options), CocoDataset(val))
+        summary |= {"before": before.as_dict(), "milliseconds_per_image": times._asdict()}
+        say(comparison_table(before, scores, times))
     if training.data.unlabelled is not None:
         summary["unlabelled"] = {"images": len(training.data.unlabelled)}
     summary |= {"budget": training.budget(), "options": options.as_flat(), "environment": environment()}
