@@ -17,7 +17,7 @@ from coco_example.errors import RunError
 from coco_example.models.detectors import selection_of
 from coco_example.models.saved_model import load_model
 
-from crosskd_assign import EndToEndDetector
+from crosskd_assign import EndToEndDetector, adapt
 from crosskd_assign.export import ExportReport, export_onnx
 from crosskd_assign.export.tensor_detector import Preprocessing
 
@@ -54,7 +54,7 @@ def export(
             where=f"{run}",
             fix="export one trained with --arm one-to-one or cross-head",
         )
-    transform: Any = getattr(model, "transform", None)  # torchvision's
+    transform: Any = getattr(adapt(model).model, "transform", None)  # torchvision's
     if transform is None and preprocessing == "outside":
         raise RunError(
             expected="images that the file resizes itself, for a detector of a Python file",

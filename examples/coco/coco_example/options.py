@@ -44,8 +44,7 @@ Arm = Literal[
 Freeze = Literal["none", "backbone", "backbone-neck", "all"]
 Metric = Literal["poto", "balanced", "task-aligned", "yolo"]
 
-# A conversion of a detector that is no run's: nobody knows how long it was trained, and how fast.
-FOREIGN_EPOCHS = 3
+# Peak learning rate of a conversion of a detector that is no run's; where it is frozen, the branch has the usual one.
 FOREIGN_RATE = 1e-4
 
 # A resumed run may differ in these without becoming another run.
@@ -107,7 +106,7 @@ class TeacherOptions:
     convert: Annotated[
         str,
         "take NMS out of this detector, named as a --teacher is: it is the student's start and its teacher. The "
-        "options of a run and a quarter of its epochs are the defaults, else 3 epochs at --lr 0.0001 and its own size; "
+        "options of a run and a quarter of its epochs are the defaults, else 12 epochs at --lr 0.0001 and its size; "
         "--selection and --metric balanced, too",
     ] = ""
     inherit: Annotated[bool, "start with the tensors of the teacher's backbone and neck that fit"] = False
@@ -262,7 +261,7 @@ def _conversion(arguments: Sequence[str] | None) -> dict[str, Any]:
     if is_reference(given.convert):
         full = given.convert.startswith("torchvision:") and given.size is None
         kept: dict[str, Any] = {"size": 1333, "short_side": 800} if full else {"size": 0}
-        kept |= {"epochs": FOREIGN_EPOCHS, "lr": FOREIGN_RATE}
+        kept |= {} if given.freeze == "all" else {"lr": FOREIGN_RATE}
     else:
         model, run = (read_json(Path(given.convert) / name) for name in ("model.json", "config.json"))
         names = {option.name for option in fields(TrainingOptions)} | {"augmentation", "mosaic", "cache"}

@@ -87,7 +87,9 @@ def scores(tmp_path: Path, data: Path, *which: str) -> Any:
 
 def test_it_has_stated_defaults_and_the_size_of_the_detector(converted, detector):
     options = parse_options(["--convert", detector, "--data", "demo", "--output", "x"])
-    assert (options.training.epochs, options.training.lr, options.model.size) == (3, 1e-4, 0)
+    assert (options.training.epochs, options.training.lr, options.model.size) == (12, 1e-4, 0)
+    frozen = parse_options(["--convert", detector, "--data", "demo", "--output", "x", "--freeze", "all"])
+    assert (frozen.training.lr, frozen.method.arm) == (1e-3, "one-to-one")
     spec = json.loads((converted / "model.json").read_text())
     assert (spec["size"], spec["selection"], spec["one_to_many"]) == (64, True, False)  # the run's detector has 64
     options = parse_options(["--convert", "torchvision:fcos_resnet50_fpn", "--data", "demo", "--output", "x"])
@@ -104,15 +106,19 @@ def test_before_is_what_the_detector_scores_and_after_what_the_run_does(
     assert after == pytest.approx(scores(tmp_path, scenes_folder, "--run", str(converted)), nan_ok=True)
 
 
-def test_labels_and_names_are_right_in_predictions_and_in_an_export(converted, scenes_folder, tmp_path, capsys):
+def test_labels_and_names_are_those_of_detector_and_data(converted, scenes_folder, tmp_path):
     _, spec = load_model(converted)
     names = {category.id: category.name for category in read_coco(*locate_split(scenes_folder, "val")).categories}
     assert spec.label_to_category == dict(enumerate(names))
     assert spec.label_to_name == dict(enumerate(names.values()))
-    pictures = [str(scenes_folder / "val"), "--output"]
-    assert predict.main(["--run", str(converted), *pictures, str(tmp_path / "a")]) == 0
+    assert predict.main(["--run", str(converted), "--output", str(tmp_path / "a"), str(scenes_folder / "val")]) == 0
+
+
+@pytest.mark.slow
+def test_an_export_has_its_labels_and_names(converted, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    spec = load_model(converted)[1]
     file = tmp_path / "model.onnx"
     assert export.main([str(converted), "--output", str(file), "--top-k", "20"]) == 0
     assert predict.OnnxDetector(file).class_names == spec.label_to_name
@@ -284,6 +290,7 @@ def test_a_detector_of_torchvision_is_built_again_without_fetching(hub, monkeypa
         torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.slow
 def test_a_detector_of_torchvision_is_converted_and_loaded_again(hub, scenes_folder, tmp_path, capsys):
     def rename(document: Any) -> None:
         for category, name in zip(
