@@ -25,9 +25,9 @@ from coco_example.evaluation.coco_metrics import coco_results
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, detect, score, table
 from coco_example.evaluation.operating_point import describe_thresholds, threshold_table
 from coco_example.files import write_json, write_whole
+from coco_example.models.foreign import python_detector
 from coco_example.models.saved_model import load_model
 from coco_example.models.score_thresholds import ScoreThresholds
-from coco_example.models.teachers import python_detector
 
 from crosskd_assign import adapt
 from crosskd_assign.structures import Detection
@@ -41,7 +41,7 @@ def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Iden
     """Load a run's detector or a user's own.
 
     Returns:
-        The detector, the category id of each of its labels, its classes if they have names, and what describes it.
+        The detector, the category id of each of its labels, its classes if all have names, and what describes it.
     """
     ranking: Ranking = "class" if options.class_score else "class_quality"
     given = options.top_k
@@ -54,7 +54,8 @@ def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Iden
     adapter, top_k = adapt(model.to(options.device)), spec.model.top_k if given is None else given
     one_class = spec.model.one_class_per_point if options.one_class_per_point is None else options.one_class_per_point
     detector = Detector(adapter, ranking if spec.one_to_many else "class", top_k, one_class)
-    return detector, spec.label_to_category, [Category(*category) for category in spec.categories], spec.as_flat()
+    classes = None if spec.detector else [Category(*category) for category in spec.categories]
+    return detector, spec.label_to_category, classes, spec.as_flat()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

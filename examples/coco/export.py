@@ -18,7 +18,7 @@ from coco_example.models.class_filter import labels_of
 from coco_example.models.detectors import selection_of
 from coco_example.models.saved_model import load_model
 
-from crosskd_assign import EndToEndDetector
+from crosskd_assign import EndToEndDetector, adapt
 from crosskd_assign.export import ExportReport, export_onnx
 from crosskd_assign.export.tensor_detector import Preprocessing
 
@@ -59,7 +59,6 @@ def export(
             where=f"{run}",
             fix="export one trained with --arm one-to-one or cross-head",
         )
-    transform: Any = model.transform
     detector = EndToEndDetector(
         model,
         selection=selection_of(model),
@@ -67,6 +66,15 @@ def export(
         one_class_per_point=spec.model.one_class_per_point if one_class_per_point is None else one_class_per_point,
         classes=labels_of(classes, spec.label_to_name, spec.label_to_category),
     )
+    transform: Any = getattr(adapt(model).model, "transform", None)  # torchvision's
+    if transform is None and preprocessing == "outside":
+        raise RunError(
+            expected="images that the file resizes itself, for a detector of a Python file",
+            got="--preprocessing outside",
+            where=f"{run}",
+            fix="leave it out, or export the detector with crosskd_assign.export.export_onnx",
+        )
+    form = {"architecture": spec.model.architecture, "backbone": spec.model.backbone}
     return export_onnx(
         detector,
         path,
@@ -74,10 +82,9 @@ def export(
         preprocessing=preprocessing,
         class_names=spec.label_to_name,
         metadata={
-            "architecture": spec.model.architecture,
-            "backbone": spec.model.backbone,
-            "short_side": str(transform.min_size[-1]),
-            "long_side": str(transform.max_size),
+            **({"detector": spec.detector} if spec.detector else form),
+            "short_side": str(spec.model.size if transform is None else transform.min_size[-1]),
+            "long_side": str(spec.model.size if transform is None else transform.max_size),
             "category_ids": json.dumps(spec.label_to_category, ensure_ascii=False),
             **({} if spec.thresholds is None else spec.thresholds.as_metadata()),
         },

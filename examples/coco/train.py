@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 from coco_example.commands import run_command, say
-from coco_example.data.annotations import Category
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
-from coco_example.data.preflight import judge_pictures, judge_splits
+from coco_example.data.preflight import judge_pictures, judge_splits, judge_unlabelled
 from coco_example.data.reader import CocoIndex, read_coco
 from coco_example.data.scenes import write_scenes
+from coco_example.data.unlabelled import read_unlabelled
 from coco_example.data.values import Identifier
 from coco_example.engine.best import Best
 from coco_example.engine.compilation import compile_backbones
 from coco_example.engine.distributed import Worker, join_workers
 from coco_example.engine.identity import describe_data, describe_teacher
+from coco_example.engine.loading import TrainingData
 from coco_example.engine.loggers import Loggers
 from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.processor import slow_precision
@@ -32,15 +33,24 @@ from coco_example.engine.run_folder import claimed_folder, environment, goes_on,
 from coco_example.engine.signals import Interrupted, Signals, caught_signals
 from coco_example.engine.training import Training
 from coco_example.engine.validation import ValidationLosses
-from coco_example.errors import DataError, RunError
+from coco_example.errors import RunError
+from coco_example.evaluation.comparison import comparison_table, time_both
 from coco_example.evaluation.evaluation import Detector, Evaluation, Ranking, evaluate, table
 from coco_example.evaluation.operating_point import describe_thresholds
 from coco_example.figures.draw import draw_predictions
 from coco_example.figures.report import draw_report
 from coco_example.files import write_json
+from coco_example.models.conversion import (
+    Source,
+    classes_of_run,
+    in_labels_of,
+    load_source,
+    refuse_unknown,
+    trained_labels,
+)
 from coco_example.models.detectors import build_detector
 from coco_example.models.methods import METRICS, build_method, freeze, needs_teacher
-from coco_example.models.saved_model import ModelSpec, load_model, save_model, save_spec
+from coco_example.models.saved_model import ModelSpec, save_model, save_spec
 from coco_example.models.score_thresholds import ScoreThresholds
 from coco_example.models.teachers import TeacherInTraining, load_teacher
 from coco_example.options import Options, parse_options
@@ -79,19 +89,27 @@ def run(options: Options) -> Evaluation | None:
 
 
 def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, begun: bool) -> Evaluation | None:
-    # 1. Who gets the log, and images.
+    # 1. Who gets the log; images, and the detector that is converted if it is no run's: it has a size and labels.
     loggers = Loggers(options.log_to if worker.first else ())
+    asked, source = options, load_source(options)
+    if source is not None:
+        options = replace(options, model=source.at_own_size(options.model))
     train, val = _load_data(options, worker)
+    spec = _spec(options, train) if source is None else source.spec(options.model, train)
+    train = in_labels_of(train, spec)
+    unlabelled = _load_unlabelled(options, train, val, worker)
 
     # 2. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(options.deterministic)
-    model = build_detector(options.model, train.num_classes)
+    model = build_detector(options.model, train.num_classes) if source is None else source.student(options.model)
 
     # 3. What it learns from, what it starts with, and how it is trained.
-    teacher, labels = _load_teacher(options, model, val, worker, check=not begun)
-    _inherit(options, model, teacher, worker)
-    method = build_method(options.method, model.to(worker.device), teacher).to(worker.device)
+    teacher, labels = _load_teacher(options, model, val, worker, source, check=not begun)
+    if source is None:
+        _inherit(options, model, teacher, worker)
+    classes = trained_labels(train, spec)
+    method = build_method(options.method, model.to(worker.device), teacher, classes).to(worker.device)
     frozen = freeze(model, options.method.freeze)
     if options.training.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -100,29 +118,27 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
 
     # 4. The folder: only now, because a refused teacher must not leave one that looks in use.
     def start() -> str | None:
-        data = {"train": describe_data(train), "val": describe_data(val)}
-        return open_folder(folder, options, data | {"teacher": describe_teacher(teacher, labels)}, begun=begun)
+        inputs = {"train": describe_data(train), "val": describe_data(val), "unlabelled": describe_data(unlabelled)}
+        return open_folder(folder, asked, inputs | {"teacher": describe_teacher(teacher, labels)}, begun=begun)
 
     identity = worker.first_does(start)
 
     # 5. Train.
     torch.manual_seed(options.seed + 1 + worker.rank)
     validation = ValidationLosses(options, val, worker) if options.training.val_losses else None
-    training = Training(options, folder, method, model, train, worker, identity, frozen, validation)
+    training = Training(options, folder, method, model, train, worker, identity, frozen, validation, unlabelled)
     if begun:
         training.resume()
-    categories = tuple((category.id, category.name) for category in train.categories)
-    spec = ModelSpec(options.model, options.method.arm == "one-to-many", categories)
     best = Best(folder, spec, options)
 
     def score(network: nn.Module) -> dict[str, float]:
-        scores = _score(network, val, options, worker)
+        scores = _score(network, val, options, worker, spec)
         if worker.first:
             best.offer(network, _for_log(scores), training.step, _thresholds(scores, spec))
         return _for_log(scores)
 
     with loggers.opened(folder, training.step) as hook, _open_log(folder, training, options, hook) as log:
-        _introduce(log, training, folder, train)
+        _introduce(log, training, folder, train, spec)
         try:
             training.fit(log, score, signals)
         finally:
@@ -131,6 +147,11 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
         # 6. Save, evaluate and draw.
         shown = labels == spec.label_to_category  # else the teacher's labels mean other classes
         return _finish(folder, training, log, val, spec, teacher if shown else None, best)
+
+
+def _spec(options: Options, train: CocoIndex) -> ModelSpec:
+    categories = tuple((category.id, category.name) for category in train.categories)
+    return ModelSpec(options.model, options.method.arm == "one-to-many", categories)
 
 
 def _inherit(options: Options, model: nn.Module, teacher: nn.Module | None, worker: Worker) -> None:
@@ -169,12 +190,15 @@ def _open_log(folder: Path, training: Training, options: Options, hook: Callable
     )
 
 
-def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoIndex) -> None:
+def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoIndex, spec: ModelSpec) -> None:
     """Report what the run is trained on, and what would slow it down."""
     if training.worker.first:
         if training.step == 0:
             log.message(f"data: {train.report}")
-            _draw_first_batch(folder, training.data.dataset)
+            if training.data.unlabelled is not None:
+                share = f"{training.data.unlabelled_per_batch} of {training.options.training.batch_size} in a batch"
+                log.message(f"without labels: {len(training.data.unlabelled):,} images, {share}")
+            _draw_first_batch(folder, training.data, spec.label_to_name)
         slow = slow_precision(training.options.training.precision, training.worker.device)
         if slow is not None:
             log.message(slow)
@@ -196,10 +220,10 @@ def _finish(
         save_model(folder, network, spec)
     worker.share(network)
     training.validate(log)
-    scores = _score(network, val, options, worker)
-    before = None
-    if teacher is not None and options.teachers.convert:
-        before = _score(teacher, val, replace(options, method=replace(options.method, arm="one-to-many")), worker)
+    scores = _score(network, val, options, worker, spec)
+    asked = replace(options, method=replace(options.method, arm="one-to-many"))
+    converted = teacher if options.teachers.convert else None
+    before = None if converted is None else _score(converted, val, asked, worker, spec)
     if not worker.first:
         return None
 
@@ -211,13 +235,12 @@ def _finish(
     # 3. Report.
     log.evaluation(training.step, options.training.epochs, _for_log(scores))
     summary: dict[str, Any] = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
-    if before is not None:
-        summary["before"] = before.as_dict()
-        rows = [
-            ("before, without NMS", before.plain, before.duplicates),
-            ("before, with NMS", before.nms, before.duplicates_nms),
-        ]
-        say(table(rows))
+    if before is not None and converted is not None:
+        times = time_both(_detector(converted, asked), _detector(network, options), CocoDataset(val))
+        summary |= {"before": before.as_dict(), "milliseconds_per_image": times._asdict()}
+        say(comparison_table(before, scores, times))
+    if training.data.unlabelled is not None:
+        summary["unlabelled"] = {"images": len(training.data.unlabelled)}
     if best.enabled and (found := best.found()):
         summary["best"] = found
         ap = 100 * found[best.score]
@@ -233,7 +256,7 @@ def _finish(
     draw_report(
         folder,
         _detector(network, options),
-        CocoDataset(val),
+        CocoDataset(in_labels_of(val, spec)),
         spec.label_to_name,
         None if teacher is None else Detector(adapt(teacher), ranking="class_quality"),
         assigner=None if spec.one_to_many else METRICS[options.method.metric],
@@ -248,15 +271,9 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
     if data.data == "demo" and worker.first:
         write_scenes(root)
     worker.wait()
-    classes = _classes_of(options.teachers.convert)
+    classes = classes_of_run(options.teachers.convert)
     train = read_coco(*locate_split(root, "train", data.train_annotations, data.train_images), classes)
-    if train.annotations.unknown:
-        raise DataError(
-            expected="classes of the detector that is converted",
-            got=", ".join(map(str, train.annotations.unknown[:5])),
-            where=f"categories of {train.annotations.file}",
-            fix="leave their boxes out, or train a detector that has them",
-        )
+    refuse_unknown(train.annotations.unknown, train)
     val = read_coco(*locate_split(root, "val", data.val_annotations, data.val_images), train.categories)
 
     # 2. Judge them. Validation pictures are decoded, too: a broken one would be found after the last epoch.
@@ -271,16 +288,20 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
     return train, val
 
 
-def _classes_of(run: str) -> list[Category] | None:
-    """List the classes of the detector that is converted; without one, those of the training file will do."""
-    if not run:
+def _load_unlabelled(options: Options, train: CocoIndex, val: CocoIndex, worker: Worker) -> CocoIndex | None:
+    """Find the pictures without labels, if a folder of them is named."""
+    if not options.dataset.unlabelled:
         return None
-    _, spec = load_model(Path(run))
-    return [Category(*category) for category in spec.categories]
+    unlabelled, warnings = read_unlabelled(Path(options.dataset.unlabelled))
+    if worker.first:
+        for warning in (*warnings, *judge_unlabelled(unlabelled, train, val)):
+            say(f"warning: {warning}")
+    worker.wait()
+    return unlabelled
 
 
 def _load_teacher(
-    options: Options, student: nn.Module, val: CocoIndex, worker: Worker, *, check: bool
+    options: Options, student: nn.Module, val: CocoIndex, worker: Worker, source: Source | None, *, check: bool
 ) -> tuple[nn.Module | None, dict[int, Identifier]]:
     """Load the teacher, if one is named and used, and the COCO category of each of its labels."""
     given = options.teachers
@@ -288,7 +309,10 @@ def _load_teacher(
     reference = given.convert or given.teacher
     if not (reference and used):
         return None, {}
-    teacher, labels = load_teacher(reference, options.model, val.categories)
+    if source is None:
+        teacher, labels = load_teacher(reference, options.model, val.categories)
+    else:
+        teacher, labels = source.model, source.labels
     teacher.to(worker.device)
     if check:
         _preflight(teacher, student, val, labels, options, worker)
@@ -332,10 +356,11 @@ def _detector(network: nn.Module, options: Options) -> Detector:
     return Detector(adapt(network), ranking, options.model.top_k, options.model.one_class_per_point)
 
 
-def _score(network: nn.Module, index: CocoIndex, options: Options, worker: Worker) -> Evaluation:
+def _score(network: nn.Module, index: CocoIndex, options: Options, worker: Worker, spec: ModelSpec) -> Evaluation:
     return evaluate(
         _detector(network, options),
         index,
+        label_to_category=spec.label_to_category if spec.detector else None,
         batch_size=options.training.batch_size,
         workers=options.dataset.workers,
         worker=worker,
@@ -351,10 +376,11 @@ def _for_log(scores: Evaluation) -> dict[str, float]:
     return {name: values[name] for name in ("ap", "ap_nms", "ap50", "ap50_nms", "duplicates", "duplicates_nms")}
 
 
-def _draw_first_batch(folder: Path, dataset: CocoDataset) -> None:
-    """Draw what augmentation really does, before any time is spent on it."""
-    samples = [dataset[(0, i)] for i in range(min(4, len(dataset)))]
-    names = {label: c.name for label, c in enumerate(dataset.index.categories, start=1)}
+def _draw_first_batch(folder: Path, data: TrainingData, names: dict[int, str]) -> None:
+    """Draw what augmentation really does, before any time is spent on it; images without labels have no boxes."""
+    samples = [data.dataset[(0, i)] for i in range(min(4, len(data.dataset)))]
+    if data.unlabelled is not None:
+        samples += [data.unlabelled[(0, i)] for i in range(min(2, len(data.unlabelled)))]
     boxes = [Target(boxes=target["boxes"], labels=target["labels"]) for _, target in samples]
     draw_predictions(folder / "batch0.png", [image for image, _ in samples], [("training image", boxes)], names)
 

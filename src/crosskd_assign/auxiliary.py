@@ -14,7 +14,7 @@ from . import functional
 from .assignment import TaskAwareOneToManyAssigner
 from .detectors import DetectorAdapter, adapt, probe_detector
 from .distributed import normalizer_over_ranks
-from .losses import box_index, matched_targets
+from .losses import box_index, matched_targets, of_classes, validate_classes
 from .structures import Assignment, ForwardPass, Target, labelled
 from .validation import validate_option, validate_predictions
 
@@ -41,6 +41,7 @@ class AuxiliaryHead(nn.Module):
         box: Weight of the GIoU loss, at least 0.
         detach: Whether one-to-one losses stop at the features, which then learn from this head alone, as in YOLOv10. In
             DATE both reach them, the default.
+        classes: The labels that these data have boxes of, as in `OneToOneLoss`; None for all.
 
     Raises:
         DetectorError: The adapter's ``parts()`` names no head.
@@ -64,10 +65,12 @@ class AuxiliaryHead(nn.Module):
         classification: float = 1.0,
         box: float = 2.0,
         detach: bool = False,
+        classes: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         validate_option("classification", classification, low=0)
         validate_option("box", box, low=0)
+        validate_classes(classes)
         adapter = adapt(model)
         twin = _with_a_head_of_its_own(adapter)
         self.head = twin.part("head").requires_grad_(True)
@@ -77,6 +80,7 @@ class AuxiliaryHead(nn.Module):
         self.classification = classification
         self.box = box
         self.detach = detach
+        self.classes = classes
         self.edits_features = probe_detector(adapter).edits_features
         # In a tuple, nn.Module does not register them: but for the head, the twin is the detector itself.
         self._hidden = (twin, adapter.model)
@@ -99,12 +103,13 @@ class AuxiliaryHead(nn.Module):
         predictions, targets = labelled(predictions, run.targets)
         assignment = self.assigner(predictions, targets)
         labels, boxes = matched_targets(assignment, targets)
+        logits, labels = of_classes(predictions.logits, labels, self.classes)
         weights = _weights(assignment, targets)
         normalizer = normalizer_over_ranks(weights.sum())
 
         # 3. The terms.
         classification = functional.one_to_many_classification_loss(
-            predictions.logits, assignment, labels, weights, normalizer=normalizer
+            logits, assignment, labels, weights, normalizer=normalizer
         )
         box = functional.one_to_many_box_loss(predictions.boxes, assignment, boxes, weights, normalizer=normalizer)
         return {"classification": self.classification * classification, "bbox_regression": self.box * box}

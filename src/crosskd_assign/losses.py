@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import functional
 from .distributed import normalizer_over_ranks
-from .errors import IncompatibleDetectorsError
+from .errors import IncompatibleDetectorsError, OptionError, TargetError
 from .structures import Assignment, DensePredictions, Target
 from .validation import validate_option
 
@@ -30,6 +30,8 @@ class OneToOneLoss:
             duplicates on some sets (docs/results.md).
         focal_alpha: α of the focal loss, 0…1; 0.25 as in Lin et al., ICCV 2017.
         focal_gamma: γ of the focal loss, at least 0; 2 as there.
+        classes: The labels that these data have boxes of; None for all. That an image has none of the others tells
+            nothing, so that no gradient reaches their logits.
 
     Raises:
         OptionError: A number is out of range.
@@ -47,11 +49,13 @@ class OneToOneLoss:
     ranking: float = 0.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+    classes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("classification", "box", "ranking", "focal_gamma"):
             validate_option(name, getattr(self, name), low=0)
         validate_option("focal_alpha", self.focal_alpha, low=0, high=1)
+        validate_classes(self.classes)
 
     def __call__(
         self, predictions: DensePredictions, targets: Sequence[Target], assignment: Assignment
@@ -68,12 +72,13 @@ class OneToOneLoss:
         """
         # 1. What each matched point is to learn, and how many there are.
         labels, boxes = matched_targets(assignment, targets)
+        logits, labels = of_classes(predictions.logits, labels, self.classes)
         count = predictions.boxes.new_tensor(float(len(assignment)), dtype=torch.float32)
         normalizer = normalizer_over_ranks(count)
 
         # 2. The terms.
         classification = functional.one_to_one_classification_loss(
-            predictions.logits,
+            logits,
             assignment,
             labels,
             normalizer=normalizer,
@@ -84,7 +89,7 @@ class OneToOneLoss:
         losses = {"classification": self.classification * classification, "bbox_regression": self.box * box}
         if self.ranking > 0:
             losses["ranking"] = self.ranking * functional.one_to_one_ranking_loss(
-                predictions.logits, predictions.boxes, assignment, labels, boxes, normalizer=normalizer
+                logits, predictions.boxes, assignment, labels, boxes, normalizer=normalizer
             )
         return losses
 
@@ -105,6 +110,53 @@ def matched_targets(assignment: Assignment, targets: Sequence[Target]) -> tuple[
         torch.cat([target["labels"] for target in targets])[index],
         torch.cat([target["boxes"] for target in targets])[index],
     )
+
+
+def validate_classes(classes: Sequence[int] | None) -> None:
+    """Raise `OptionError` unless classes are different labels, or None for all."""
+    if classes is None:
+        return
+    sound = all(type(label) is int and label >= 0 for label in classes)
+    if not (sound and len(classes) > 0 and len(set(classes)) == len(classes)):
+        raise OptionError(
+            expected="different labels from 0 up",
+            got=f"{tuple(classes)!r:.60}",
+            where="classes",
+            fix="list each label of the data once, or pass None for all classes",
+        )
+
+
+def of_classes(logits: Tensor, labels: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Keep the logits ``(N, A, C)`` of some classes, and number the labels ``(M,)`` among them.
+
+    Raises:
+        OptionError: There is no logit of a class.
+        TargetError: A label is of none of them.
+    """
+    if classes is None:
+        return logits, labels
+    # 1. The place of every label among the classes, -1 for those left out.
+    if max(classes) >= logits.shape[-1]:
+        raise OptionError(
+            expected=f"labels below {logits.shape[-1]}, the number of class logits",
+            got=f"{max(classes)}",
+            where="classes",
+            fix="list labels as targets have them",
+        )
+    kept = torch.tensor(classes, device=logits.device)
+    places = torch.full((logits.shape[-1],), -1, device=logits.device)
+    places[kept] = torch.arange(len(classes), device=logits.device)
+
+    # 2. Objects of other classes would be taken for the last one.
+    moved = places[labels]
+    if labels.device.type == "cpu" and bool((moved < 0).any()):  # elsewhere it would have to wait
+        raise TargetError(
+            expected=f"labels among classes={tuple(classes)!r:.60}",
+            got=f"{int(labels[moved < 0][0])}",
+            where="labels",
+            fix="list every label that the data have boxes of",
+        )
+    return logits[..., kept], moved
 
 
 @dataclass(frozen=True)

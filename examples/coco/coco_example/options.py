@@ -15,6 +15,7 @@ from coco_example.commands import CommandParser
 from coco_example.data.augmentation import Level
 from coco_example.errors import RunError
 from coco_example.files import read_json
+from coco_example.together import incompatible, is_reference
 from crosskd_assign.distillation import Alignment, Decay
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Options",
     "TeacherOptions",
     "TrainingOptions",
+    "is_reference",
     "parse_options",
 ]
 
@@ -45,9 +47,12 @@ Arm = Literal[
 Freeze = Literal["none", "backbone", "backbone-neck", "all"]
 Metric = Literal["poto", "balanced", "task-aligned", "yolo"]
 
+# Peak learning rate of a conversion of a detector that is no run's; where it is frozen, the branch has the usual one.
+FOREIGN_RATE = 1e-4
+
 # A resumed run may differ in these without becoming another run.
 FREE_ON_RESUME = frozenset(
-    {"output", "resume", "workers", "log_every", "save_every", "data_path", "teacher", "convert"}
+    {"output", "resume", "workers", "log_every", "save_every", "data_path", "unlabelled", "teacher", "convert"}
     | {"log_to", "device", "compile", "val_losses"}
 )
 
@@ -66,6 +71,10 @@ class DataOptions:
     val_images: Annotated[str, "folder of the pictures to evaluate on, found likewise"] = ""
     augmentation: Annotated[Level, "augmentation of training images"] = "flip"
     mosaic: Annotated[float, "probability of joining four training images into one"] = 0.0
+    unlabelled: Annotated[
+        str, "folder of pictures without labels, in any tree below it, which distillation alone learns from"
+    ] = ""
+    unlabelled_share: Annotated[float, "their share of every batch; an epoch is one of the images with labels"] = 0.5
     cache: Annotated[bool, "keep decoded images in memory"] = False
     workers: Annotated[int, "processes that load images"] = 0
 
@@ -82,7 +91,10 @@ class ModelOptions:
     ] = -1
     channels: Annotated[int, "channels of pyramid and head, a multiple of 32; 0: 256, or 64 on the small backbone"] = 0
     head_convs: Annotated[int, "convolutions of each branch of FCOS's head; 0: 4, or 2 on the small backbone"] = 0
-    size: Annotated[int, "longer side of the images in pixels, to which the detector resizes them"] = 128
+    size: Annotated[
+        int,
+        "longer side of the images in pixels, to which the detector resizes them; 0 with --convert python: its own",
+    ] = 128
     short_side: Annotated[int, "bound of the shorter side: 800 with --size 1333 is usual on COCO; 0: none"] = 0
     top_k: Annotated[int, "detections of an image, which is the limit of its AP, too"] = 100
     one_class_per_point: Annotated[bool, "let each point report its best class only: one detection at most"] = False
@@ -98,8 +110,9 @@ class TeacherOptions:
     ] = ""
     convert: Annotated[
         str,
-        "take NMS out of the detector of this run: it is the student's start and its teacher; its options and a "
-        "quarter of its epochs are the defaults, with --selection and --metric balanced",
+        "take NMS out of this detector, named as a --teacher is: it is the student's start and its teacher. The "
+        "options of a run and a quarter of its epochs are the defaults, else 12 epochs at --lr 0.0001 and its size; "
+        "--selection and --metric balanced, too",
     ] = ""
     inherit: Annotated[bool, "start with the tensors of the teacher's backbone and neck that fit"] = False
     inherit_from: Annotated[str, "start with those of this detector instead, named as a --teacher is"] = ""
@@ -175,6 +188,12 @@ class Options:
     method: MethodOptions = field(default_factory=MethodOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
+    @property
+    def unlabelled_per_batch(self) -> int:
+        """Count the images without labels in the batch of one process."""
+        share = self.dataset.unlabelled_share
+        return round(share * self.training.batch_size) if self.dataset.unlabelled and 0 < share < 1 else 0
+
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Self:
         """Build options from values by name, without groups; what is not named has its default."""
@@ -247,22 +266,28 @@ def _conversion(arguments: Sequence[str] | None) -> dict[str, Any]:
     """
     # 1. Is it asked for?
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--convert", type=Path)
+    parser.add_argument("--convert")
     parser.add_argument("--freeze")
+    parser.add_argument("--size")
     given, _ = parser.parse_known_args(arguments)
-    if given.convert is None:
+    if not given.convert:
         return {}
 
-    # 2. The detector, and how it was trained.
-    model, run = (read_json(given.convert / name) for name in ("model.json", "config.json"))
-    names = {option.name for option in fields(TrainingOptions)} | {"augmentation", "mosaic", "cache"}
-    kept = {name: value for name, value in run.items() if name in names}
-    kept |= {option.name: model[option.name] for option in fields(ModelOptions) if option.name in model}
+    # 2. The detector, and how it was trained. Of one that is no run's, nobody knows how; it resizes as it does.
+    if is_reference(given.convert):
+        full = given.convert.startswith("torchvision:") and given.size is None
+        kept: dict[str, Any] = {"size": 1333, "short_side": 800} if full else {"size": 0}
+        kept |= {} if given.freeze == "all" else {"lr": FOREIGN_RATE}
+    else:
+        model, run = (read_json(Path(given.convert) / name) for name in ("model.json", "config.json"))
+        names = {option.name for option in fields(TrainingOptions)} | {"augmentation", "mosaic", "cache"}
+        kept = {name: value for name, value in run.items() if name in names}
+        kept |= {option.name: model[option.name] for option in fields(ModelOptions) if option.name in model}
+        kept["epochs"] = max(1, round(int(kept["epochs"]) / 4))
 
-    # 3. The way without NMS. A frozen detector has nothing to distil into.
-    arm: Arm = "one-to-one" if given.freeze == "all" else "cross-head"
-    epochs = max(1, round(int(kept["epochs"]) / 4))
-    return kept | {"epochs": epochs, "arm": arm, "metric": "balanced", "selection": True}
+    # 3. The way without NMS. What is frozen has nothing to distil into.
+    arm: Arm = "one-to-one" if given.freeze in ("all", "backbone-neck") else "cross-head"
+    return kept | {"arm": arm, "metric": "balanced", "selection": True}
 
 
 def _add_arguments(add: Callable[..., Any], kind: type[Any]) -> None:
@@ -288,8 +313,9 @@ def _flag(name: str) -> str:
 
 def _conflict(options: Options) -> str | None:
     """Describe the first option that is out of range or does not go with another."""
-    dataset, teachers, method, flat = options.dataset, options.teachers, options.method, options.as_flat()
-    least = {"epochs": 1, "batch_size": 1, "size": 1, "log_every": 1, "seed": 0, "top_k": 1}
+    dataset, method, flat = options.dataset, options.method, options.as_flat()
+    resizes = options.teachers.convert.startswith("python:")
+    least = {"epochs": 1, "batch_size": 1, "size": 0 if resizes else 1, "log_every": 1, "seed": 0, "top_k": 1}
     least |= {"accumulate": 1, "val_losses": 0}
     conflicts = [
         (flat[name] < low, f"expected {_flag(name)} of at least {low}, but got {flat[name]}")
@@ -308,48 +334,12 @@ def _conflict(options: Options) -> str | None:
             f"expected --distill-warmup in 0…1, but got {method.distill_warmup}",
         ),
         (
-            method.detach and not method.auxiliary_head,
-            "expected --auxiliary-head for --detach, but got none",
-        ),
-        (
-            method.detach and method.entry > 0,
-            f"expected --entry 0 with --detach, but got {method.entry}",
-        ),
-        (
             options.model.short_side > 0 and dataset.augmentation not in ("none", "flip"),
             "expected --augmentation none or flip with --short-side: the others make squares of --size",
-        ),
-        (
-            bool(teachers.convert) and bool(teachers.teacher or teachers.inherit or teachers.inherit_from),
-            "expected --convert without --teacher, --inherit and --inherit-from: it is all of them",
-        ),
-        (
-            bool(teachers.convert) and method.arm == "one-to-many",
-            "expected an arm without NMS for --convert, but got --arm one-to-many",
-        ),
-        (
-            options.model.selection and method.arm == "one-to-many",
-            "expected an arm of one positive an object for --selection, but got --arm one-to-many",
-        ),
-        (
-            method.freeze == "all" and not (options.model.selection and method.arm == "one-to-one"),
-            "expected --selection and --arm one-to-one with --freeze all: nothing else would learn",
-        ),
-        (
-            teachers.inherit and not teachers.teacher,
-            "expected a --teacher for --inherit, but got none",
-        ),
-        (
-            teachers.inherit and bool(teachers.inherit_from),
-            "expected --inherit or --inherit-from, but got both",
-        ),
-        (
-            teachers.inherit_head and not (teachers.inherit or teachers.inherit_from),
-            "expected --inherit or --inherit-from for --inherit-head, but got neither",
         ),
         (
             dataset.data != "demo" and not Path(dataset.data_path).exists(),
             f"expected a data set, but got no folder at --data-path {dataset.data_path}",
         ),
     ]
-    return next((sentence for wrong, sentence in conflicts if wrong), None)
+    return next((sentence for wrong, sentence in conflicts if wrong), None) or incompatible(options)

@@ -69,6 +69,10 @@ def test_it_ends_with_what_was_before_and_what_is_after(converted, teacher, scen
         assert evaluate.main(command) == 0
         expected = json.loads(output.read_text())["scores"]
         assert summary(converted)[key] == pytest.approx(expected, nan_ok=True)
+    assert {way: ms > 0 for way, ms in summary(converted)["milliseconds_per_image"].items()} == {
+        "before": True,
+        "after": True,
+    }
     capsys.readouterr()
     assert predict.main(["--run", str(converted), "--output", str(tmp_path / "found"), str(scenes_folder / "val")]) == 0
 

@@ -66,6 +66,7 @@ class Annotations:
         xywh: (N, 4) float64, as the file has them.
         area: (N,) float64, width times height where the file has none.
         crowd: (N,) bool.
+        listed: Those of ``categories`` that the file has.
     """
 
     file: Path
@@ -77,6 +78,7 @@ class Annotations:
     xywh: NDArray[np.float64]
     area: NDArray[np.float64]
     crowd: NDArray[np.bool_]
+    listed: tuple[Category, ...] = ()
 
 
 def read_annotations(file: Path, classes: Sequence[Category] | None = None) -> Annotations:
@@ -123,6 +125,7 @@ def read_annotations(file: Path, classes: Sequence[Category] | None = None) -> A
         corners,
         np.where(np.isfinite(given), given, products),
         np.array(crowd, dtype=bool),
+        tuple(category for category in categories if category in own),
     )
 
 

@@ -40,6 +40,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     seed: int = 0  # not negative; starts all random numbers of an item, together with its epoch and index
     cache: bool = False  # keep decoded images (uint8) in memory, in each worker process: for small sets
     mosaic: float = 0.0  # probability of joining an image with three others; the first one's image_id stays
+    stream: tuple[int, ...] = ()  # starts them, too: another set of the same seed draws other numbers
     _decoded: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -49,7 +50,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         with torch.random.fork_rng(devices=[]):
             # 1. Seed. Not with torch.manual_seed: it would also reseed the accelerators, which are not restored.
-            state = np.random.SeedSequence((self.seed, epoch, i)).generate_state(1, np.uint64)
+            state = np.random.SeedSequence((self.seed, epoch, i, *self.stream)).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(state[0]))
             # 2. Load one image, or four as a mosaic.
             join = torch.rand(()).item() < self.mosaic
@@ -94,6 +95,27 @@ def _sample(image: Tensor, boxes: Tensor, labels: Tensor, image_id: int) -> tupl
     return tv_tensors.Image(image), {"boxes": wrapped, "labels": labels, "image_id": torch.tensor(image_id)}
 
 
-def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+@dataclass(frozen=True, eq=False)
+class MixedDataset(Dataset[tuple[Tensor, "Target | None"]]):
+    """Images with labels, and behind them images without, whose target is None.
+
+    Both are augmented alike. A mosaic joins images of one kind.
+    """
+
+    labelled: CocoDataset
+    unlabelled: CocoDataset
+
+    def __len__(self) -> int:
+        return len(self.labelled) + len(self.unlabelled)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Target | None]:
+        epoch, i = key
+        if i < len(self.labelled):
+            return self.labelled[key]
+        image, _ = self.unlabelled[epoch, i - len(self.labelled)]
+        return image, None
+
+
+def collate(batch: Sequence[tuple[Tensor, Target | None]]) -> tuple[list[Tensor], list[Target | None]]:
     """Split items into a list of images and a list of targets, as torchvision's detectors take them."""
     return [image for image, _ in batch], [target for _, target in batch]

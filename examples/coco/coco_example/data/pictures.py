@@ -5,6 +5,7 @@ Orientation tags are ignored: boxes refer to stored pixels. H and W are the stor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from coco_example.errors import DataError, first_line
 
-__all__ = ["check_pictures", "is_picture", "read_picture"]
+__all__ = ["check_pictures", "is_picture", "picture_sizes", "pictures_below", "read_picture"]
 
 _SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -32,6 +33,42 @@ _HUGE = 50_000_000  # pixels; several at a time might fill the memory
 def is_picture(path: Path) -> bool:
     """Whether a file is called a picture, and is not hidden, as the notes that macOS leaves beside files are."""
     return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """List the pictures in any tree below a folder, sorted by their paths in it.
+
+    Hidden files and folders are left out. Links are followed, and a folder that several lead to is listed once.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        real = os.path.realpath(place)  # a link may lead back up
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        paths = () if real in seen else map(Path(place).joinpath, files)
+        found += [path for path in paths if is_picture(path) and path.is_file()]
+        seen.add(real)
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def picture_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | DataError]:
+    """Read width and height of pictures from their headers, or else what is wrong with each."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(_size_or_error, paths))
+
+
+def _size_or_error(path: Path) -> tuple[int, int] | DataError:
+    try:
+        return _check_file(path, None)
+    except DataError as error:
+        return error
 
 
 def read_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
@@ -75,10 +112,11 @@ def check_pictures(paths: Sequence[Path], sizes: Sequence[tuple[int, int]], *, d
             pool.shutdown(cancel_futures=True)  # after one that is wrong, the others need no look
 
 
-def _check_file(path: Path, size: tuple[int, int]) -> None:
+def _check_file(path: Path, size: tuple[int, int] | None) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             _check_header(image, path, size)
+            return image.size
     except DataError:
         raise
     except Exception as error:

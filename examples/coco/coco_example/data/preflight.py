@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from coco_example.data.pictures import check_pictures
 from coco_example.data.reader import CocoIndex
 from coco_example.errors import DataError
 
-__all__ = ["judge_boxes", "judge_pictures", "judge_splits"]
+__all__ = ["judge_boxes", "judge_pictures", "judge_splits", "judge_unlabelled"]
 
 _FAR = 1e12  # pixels, beyond any picture
 _LARGE = 0.1  # share of boxes from which on something is likely wrong
@@ -96,6 +99,38 @@ def judge_pictures(index: CocoIndex, *, decode: bool = False, limit: int | None 
     records = index.records[:limit]
     sizes = [(record.width, record.height) for record in records]
     check_pictures([record.path for record in records], sizes, decode=decode)
+
+
+def judge_unlabelled(unlabelled: CocoIndex, train: CocoIndex, val: CocoIndex) -> list[str]:
+    """Judge how many pictures without labels are in a split, too: the same bytes, wherever they are.
+
+    Returns:
+        Warnings.
+    """
+    # 1. Only files of one size can have one content.
+    sizes: defaultdict[int, list[Path]] = defaultdict(list)
+    for record in unlabelled.records:
+        sizes[record.path.stat().st_size].append(record.path)
+
+    # 2. Compare these.
+    digests: dict[int, set[str]] = {}
+    warnings = []
+    for name, split in (("validation", val), ("training", train)):
+        both = 0
+        for path in (record.path for record in split.records):
+            size = path.stat().st_size
+            if size in sizes:
+                if size not in digests:
+                    digests[size] = set(map(_digest, sizes[size]))
+                both += _digest(path) in digests[size]
+        if both:
+            harm = "scores say less about others" if name == "validation" else "they have labels there"
+            warnings.append(f"pictures without labels: {both:,} are {name} pictures, too; {harm}")
+    return warnings
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
 
 
 def _suspicion(content: Annotations) -> str:

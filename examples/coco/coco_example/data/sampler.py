@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import TypeAlias
 
@@ -32,6 +32,7 @@ class ResumableSampler(Sampler[list[Key]]):
     rank: int = 0
     world_size: int = 1
     start_batch: int = 0  # batches already done since the training began
+    stream: tuple[int, ...] = ()  # further numbers that the order is drawn from
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.batch_size < 1 or not 0 <= self.rank < self.world_size or self.start_batch < 0:
@@ -50,8 +51,30 @@ class ResumableSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         first, done = divmod(self.start_batch, self.batches_per_epoch)
         for epoch in itertools.count(first):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            order = np.random.default_rng((self.seed, epoch, *self.stream)).permutation(self.length)
             batches = np.resize(order, (self.batches_per_epoch, self.world_size, self.batch_size))[:, self.rank]
             for batch in batches[done:].tolist():
                 yield [(epoch, i) for i in batch]
             done = 0
+
+
+def parts_of(batches: Iterable[list[Key]], count: int) -> Iterator[list[Key]]:
+    """Cut each batch into ``count`` equal ones."""
+    for batch in batches:
+        size = len(batch) // count
+        for start in range(0, len(batch), size):
+            yield batch[start : start + size]
+
+
+def mixed(first: Iterable[list[Key]], second: Iterable[list[Key]], length: int) -> Iterator[list[Key]]:
+    """Join endless batches of two sets: some images of the first, then some of the second, for `MixedDataset`.
+
+    Each set has an order and epochs of its own: the second one goes on where it was when the first one ends.
+
+    Args:
+        first: Batches of the first set.
+        second: Batches of the second.
+        length: Images of the first set, behind which those of the second are counted.
+    """
+    for own, others in zip(first, second, strict=True):
+        yield [*own, *((epoch, length + i) for epoch, i in others)]

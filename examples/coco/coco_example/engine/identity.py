@@ -14,8 +14,10 @@ from coco_example.files import digest
 __all__ = ["describe_data", "describe_teacher", "differences"]
 
 
-def describe_data(index: CocoIndex) -> dict[str, Any]:
-    """Describe the images of a split by ids, names, counts and boxes, wherever their folder is."""
+def describe_data(index: CocoIndex | None) -> dict[str, Any]:
+    """Describe the images of a split by ids, names, counts and boxes, wherever their folder is; empty for none."""
+    if index is None:
+        return {}
     categories = [[category.id, category.name] for category in index.categories]
     images = [[record.id, record.path.name, record.boxes, record.labels] for record in index.records]
     return {

@@ -24,7 +24,7 @@ __all__ = ["loaded"]
 
 _PATIENCE = 10.0  # seconds
 
-Item: TypeAlias = tuple[Tensor, Target]
+Item: TypeAlias = tuple[Tensor, Target | None]
 Batch: TypeAlias = tuple[list[Tensor], list[Any]]
 
 
@@ -119,7 +119,7 @@ def _collate(items: Sequence[Any]) -> Batch | _Failure:
     if get_worker_info() is not None:
         # The queue would do it, too, but where it fails it prints a traceback, drops the batch and lets us wait for it.
         try:
-            for tensor in (*images, *(value for target in targets for value in target.values())):
+            for tensor in (*images, *(value for target in targets if target is not None for value in target.values())):
                 tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         except (OSError, RuntimeError) as error:
             return _Failure(RunError, str(_lost(error)))

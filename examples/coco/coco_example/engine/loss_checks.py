@@ -31,7 +31,7 @@ class LossChecks:
         self._zeros: Counter[str] = Counter()  # checks in a row at which a term was exactly 0
 
     def __call__(
-        self, losses: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]], step: int
+        self, losses: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor] | None], step: int
     ) -> dict[str, float]:
         """Read the losses of a step, which waits for an accelerator.
 
@@ -44,12 +44,15 @@ class LossChecks:
         """
         values = {name: float(loss.detach()) for name, loss in losses.items()}
         if not all(map(math.isfinite, values.values())):
-            images = [self._image_ids[int(target["image_id"])] for target in targets]
+            images = [
+                "one without labels" if target is None else self._image_ids[int(target["image_id"])]
+                for target in targets
+            ]
             raise NonFiniteLossError(
                 expected="finite losses", got=f"{values}", where=f"step {step}, images {images}", fix=_DIVERGED
             )
         # A term that lost its way, as under DDP, is 0 although there are objects.
-        if any(len(target["boxes"]) > 0 for target in targets):
+        if any(target is not None and len(target["boxes"]) > 0 for target in targets):
             self._count_zeros(values, step)
         return values
 

@@ -42,6 +42,7 @@ class Training:
         run: Id of the run, which its checkpoints have; None of a run of an earlier version.
         frozen: Parts of the detector that do not learn, whose batch norm stays in evaluation mode.
         validation: Computes losses on other images at every evaluation.
+        unlabelled: Images without labels, a share of every step.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class Training:
         run: str | None = None,
         frozen: Sequence[nn.Module] = (),
         validation: ValidationLosses | None = None,
+        unlabelled: CocoIndex | None = None,
     ) -> None:
         self.options, self.folder, self.method, self.model, self.worker = options, folder, method, model, worker
         self.run, self.frozen = run, nn.ModuleList(frozen)
 
         # 1. Images.
         loop = options.training
-        self.data = TrainingData(options, index, worker)
+        self.data = TrainingData(options, index, worker, unlabelled)
         self.total_steps = self.data.steps_per_epoch * loop.epochs
 
         # 2. What every step moves.
@@ -113,7 +115,7 @@ class Training:
                     self._evaluate(log, score)
 
     def _log_and_save(
-        self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target], signals: Signals
+        self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target | None], signals: Signals
     ) -> bool:
         """Finish a step; return whether a signal came to any process, so that all stop at the same step."""
         every = self.options.training.save_every
@@ -153,12 +155,14 @@ class Training:
             method = self.options.method
             self.method.distillation_weight = fade(done, warmup=method.distill_warmup, decay=method.distill_decay)
 
-    def _train_on(self, batches: Iterator[tuple[list[Tensor], list[Target]]]) -> tuple[dict[str, Tensor], list[Target]]:
+    def _train_on(
+        self, batches: Iterator[tuple[list[Tensor], list[Target | None]]]
+    ) -> tuple[dict[str, Tensor], list[Target | None]]:
         """Take one step on the next ``accumulate`` batches; return their mean losses and all their targets."""
         self._fade()
         count = self.options.training.accumulate
         means: dict[str, Tensor] = {}
-        seen: list[Target] = []
+        seen: list[Target | None] = []
         for n in range(count):
             # 1. The losses of a batch, as parts of the mean.
             images, targets = next(batches)
@@ -178,7 +182,7 @@ class Training:
         self.optimization.backward(losses)
         self.optimization.update()
 
-    def _log(self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target], *, check: bool) -> None:
+    def _log(self, log: MetricsLog, losses: dict[str, Tensor], targets: list[Target | None], *, check: bool) -> None:
         log.tick()
         # Reading a loss waits for an accelerator; on a CPU it is free, and every step is checked.
         wanted = log.wants(self.step)
@@ -199,7 +203,11 @@ class Training:
         """Count what this run has cost, its teacher's training not included."""
         options = self.options.training
         images = self.step * options.batch_size * options.accumulate * self.worker.count
-        return {"epochs": options.epochs, "images": images, "seconds": round(self.seconds, 1)}
+        spent = {"epochs": options.epochs, "images": images, "seconds": round(self.seconds, 1)}
+        if self.data.unlabelled is None:
+            return spent
+        count = self.data.unlabelled_per_batch * options.accumulate
+        return {**spent, "images_unlabelled": self.step * count * self.worker.count}
 
     def save(self) -> None:
         """Write a checkpoint of everything that the rest of the run depends on.

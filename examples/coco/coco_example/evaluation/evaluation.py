@@ -70,7 +70,7 @@ class Detector:
     def predict_on(self, batch: Batch) -> DensePredictions:
         """Predict on a batch, with the scores that detections get."""
         features = self.adapter.features(batch)
-        branch = selection_of(self.adapter.model)
+        branch = selection_of(self.adapter)
         if branch is not None and self.ranking == "class":  # on copies, which the head may edit
             predictions = self.adapter.head([x.clone() for x in features], batch.image_size)
             return branch(features, predictions)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from coco_example.models.weights import load_weights
 from coco_example.options import TIMM, Architecture, Backbone, ModelOptions
 from crosskd_assign import SelectionBranch
 
-__all__ = ["build_detector", "selection_of", "torchvision_detector"]
+__all__ = ["add_selection", "build_detector", "selection_of", "torchvision_classes", "torchvision_detector"]
 
 
 class SmallBackbone(nn.Module):
@@ -135,15 +135,22 @@ def build_detector(options: ModelOptions, num_classes: int) -> nn.Module:
         detector = RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **sides)
 
     # 4. A branch that selects, which travels with the detector: in its weights, copies and averages.
-    if options.selection:
-        detector.selection = SelectionBranch(detector)
+    return add_selection(detector) if options.selection else detector
+
+
+def add_selection(detector: nn.Module) -> nn.Module:
+    """Give a detector, or the adapter of one, a selection branch of its own, which `selection_of` finds."""
+    detector.selection = SelectionBranch(detector)
     return detector
 
 
-def selection_of(model: nn.Module) -> SelectionBranch | None:
-    """Return the selection branch that a detector was built with, if it was."""
-    branch = getattr(model, "selection", None)
-    return branch if isinstance(branch, SelectionBranch) else None
+def selection_of(detector: nn.Module) -> SelectionBranch | None:
+    """Return the selection branch that a detector, or the adapter of one, was built with, if it was."""
+    for owner in (detector, getattr(detector, "model", None)):
+        branch = getattr(owner, "selection", None)
+        if isinstance(branch, SelectionBranch):
+            return branch
+    return None
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -232,19 +239,26 @@ def _measure(body: nn.Sequential) -> tuple[list[int], list[int]]:
     return widths, strides
 
 
-def torchvision_detector(name: str, *, size: int, short_side: int = 0) -> nn.Module:
+# The only dense one whose norms torchvision changes when it fetches the weights, which were trained so.
+_NORM_EPSILON = {"retinanet_resnet50_fpn": 0.0}
+
+
+def torchvision_detector(name: str, *, size: int, short_side: int = 0, fetch: bool = True) -> nn.Module:
     """Fetch a COCO-trained detector of torchvision, e.g. "fcos_resnet50_fpn"; its labels are COCO's category ids.
 
     Args:
         name: Its name in ``torchvision.models``.
         size: Longer side of the images in pixels.
         short_side: What their shorter side must not exceed; 0 for no such bound.
+        fetch: Whether to fetch the weights; without, a detector of the same form, to load others into.
 
     Raises:
         ModelError: The weights cannot be had.
     """
+    options: dict[str, Any] = {"min_size": short_side or size, "max_size": size}
+    options |= {"weights": "DEFAULT"} if fetch else {"weights": None, "weights_backbone": None}
     try:
-        detector: nn.Module = get_model(name, weights="DEFAULT", min_size=short_side or size, max_size=size)
+        detector: nn.Module = get_model(name, **options)
     except (ValueError, OSError) as error:
         raise ModelError(
             expected="a detector of torchvision with COCO weights",
@@ -253,4 +267,26 @@ def torchvision_detector(name: str, *, size: int, short_side: int = 0) -> nn.Mod
             fix="choose one of torchvision.models.list_models(torchvision.models.detection), and have a network or its "
             "file in the cache",
         ) from error
+    if not fetch:
+        for module in detector.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = _NORM_EPSILON.get(name, module.eps)
     return detector
+
+
+def torchvision_classes(name: str) -> dict[int, str]:
+    """Name the classes of a detector of torchvision by label, which is COCO's category id.
+
+    Raises:
+        ModelError: torchvision has none of this name, or no weights for it.
+    """
+    try:
+        names = get_model_weights(name).DEFAULT.meta["categories"]
+    except (ValueError, AttributeError) as error:
+        raise ModelError(
+            expected="a detector of torchvision with COCO weights",
+            got=f"none of the name {name}",
+            where=f"torchvision:{name}",
+            fix="choose one of torchvision.models.list_models(torchvision.models.detection)",
+        ) from error
+    return {label: text for label, text in enumerate(names) if text not in ("__background__", "N/A")}

@@ -35,13 +35,19 @@ def needs_teacher(arm: Arm) -> bool:
     return arm not in ("one-to-many", "one-to-one")
 
 
-def build_method(options: MethodOptions, model: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
+def build_method(
+    options: MethodOptions,
+    model: nn.Module,
+    teacher: nn.Module | None = None,
+    classes: tuple[int, ...] | None = None,
+) -> nn.Module:
     """Build a training method around a detector.
 
     Args:
         options: Which one.
         model: The detector to train.
         teacher: A trained one-to-many detector, for the arms that distil.
+        classes: The labels that the data have, where they are not all of the detector's.
 
     Raises:
         RunError: The arm needs a teacher and has none.
@@ -56,8 +62,8 @@ def build_method(options: MethodOptions, model: nn.Module, teacher: nn.Module | 
     detector = EndToEndDetector(
         student,
         assigner=METRICS[options.metric],
-        loss=OneToOneLoss(ranking=options.ranking),
-        auxiliary=AuxiliaryHead(student, detach=options.detach) if options.auxiliary_head else None,
+        loss=OneToOneLoss(ranking=options.ranking, classes=classes),
+        auxiliary=AuxiliaryHead(student, detach=options.detach, classes=classes) if options.auxiliary_head else None,
         selection=selection_of(model),
     )
     if options.arm == "one-to-one":
@@ -73,12 +79,27 @@ def build_method(options: MethodOptions, model: nn.Module, teacher: nn.Module | 
 
 def freeze(model: nn.Module, choice: Freeze) -> list[nn.Module]:
     """Freeze parts of a detector, and return them: their batch norm has to stay in evaluation mode, too."""
-    names = {"none": (), "backbone": ("backbone",), "backbone-neck": ("backbone", "neck")}
-    adapter = adapt(model)
-    parts = [adapter.part(name) for name in names.get(choice, ("backbone", "neck", "head"))]
+    # 1. Parts that have names.
+    names: dict[Freeze, tuple[str, ...]] = {
+        "none": (),
+        "backbone": ("backbone",),
+        "backbone-neck": ("backbone", "neck"),
+        "all": ("backbone", "neck", "head"),
+    }
+    adapter, branch = adapt(model), selection_of(model)
+    parts = [adapter.part(name) for name in names[choice] if choice != "all" or name in adapter.parts()]
     for part in parts:
         part.requires_grad_(False)
-    return parts
+    if choice != "all":
+        return parts
+
+    # 2. All the rest, named or not, but for the branch.
+    done = {module for part in (*parts, *(() if branch is None else (branch,))) for module in part.modules()}
+    for module in set(adapter.modules()) - done:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    leaves = [x for x in adapter.modules() if x not in done and not list(x.children())]
+    return parts + [x for x in leaves if [*x.parameters(), *x.buffers()]]
 
 
 def _distiller(options: MethodOptions, student: EndToEndDetector, teacher: nn.Module | DetectorAdapter) -> Distiller:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +16,11 @@ from typing_extensions import Self
 from coco_example.data.values import Identifier
 from coco_example.errors import MissingPackageError, RunError, first_line
 from coco_example.files import digest, read_json, write_json, write_whole
-from coco_example.models.detectors import build_detector
+from coco_example.models.detectors import add_selection, build_detector, torchvision_detector
+from coco_example.models.foreign import python_detector, python_file
 from coco_example.models.score_thresholds import ScoreThresholds
 from coco_example.models.weights import load_weights
-from coco_example.options import ModelOptions
+from coco_example.options import ModelOptions, is_reference
 
 __all__ = ["ModelSpec", "load_model", "read_notes", "save_model", "save_spec"]
 
@@ -36,13 +37,17 @@ class ModelSpec:
     Attributes:
         model: The detector.
         one_to_many: Whether it was trained with many positives an object, and needs NMS.
-        categories: COCO category id and name of the labels 1, 2, ….
+        categories: COCO category id and name of the labels 1, 2, …, or of ``labels``.
+        detector: What the detector is built from instead of the options: "torchvision:NAME" or "python:FILE:FUNCTION".
+        labels: The labels of such a detector, one a category.
         thresholds: Score thresholds to use it with, once they are chosen.
     """
 
     model: ModelOptions
     one_to_many: bool
     categories: tuple[tuple[Identifier, str], ...]
+    detector: str = ""
+    labels: tuple[int, ...] = ()
     thresholds: ScoreThresholds | None = None
 
     @classmethod
@@ -64,18 +69,26 @@ class ModelSpec:
             wrong.append("one_to_many")
         if not (isinstance(categories, (list, tuple)) and all(map(_is_category, categories))):
             wrong.append("categories")
+        detector, labels = values.get("detector", ""), values.get("labels", [])
+        if not (isinstance(detector, str) and (not detector or is_reference(detector))):
+            wrong.append("detector")
+        count = len(categories) if detector and isinstance(categories, (list, tuple)) else 0
+        if not (isinstance(labels, (list, tuple)) and len(labels) == count and all(type(n) is int for n in labels)):
+            wrong.append("labels")
         if wrong:
             raise TypeError(", ".join(f"{name} {values.get(name)!r:.40}" for name in wrong))
         pairs = tuple((category, name) for category, name in values["categories"])
         limits = values.get("thresholds")  # which a run of an earlier version lacks
         thresholds = None if limits is None else ScoreThresholds.from_flat(limits)
-        return cls(ModelOptions(**given), values["one_to_many"], pairs, thresholds=thresholds)
+        return cls(ModelOptions(**given), values["one_to_many"], pairs, detector, tuple(labels), thresholds)
 
     def as_flat(self) -> dict[str, Any]:
         """List everything by name, without groups, as ``model.json`` has it."""
         model = {name: value for name, value in asdict(self.model).items() if name not in _NOT_STORED}
+        flat = {**model, "one_to_many": self.one_to_many, "categories": self.categories}
+        foreign = {"detector": self.detector, "labels": self.labels} if self.detector else {}
         thresholds = {} if self.thresholds is None else {"thresholds": self.thresholds.as_flat()}
-        return {**model, "one_to_many": self.one_to_many, "categories": self.categories, **thresholds}
+        return {**flat, **foreign, **thresholds}
 
     @property
     def num_classes(self) -> int:
@@ -85,12 +98,16 @@ class ModelSpec:
     @property
     def label_to_category(self) -> dict[int, Identifier]:
         """Map each label to its COCO category id."""
-        return {label: category for label, (category, _) in enumerate(self.categories, start=1)}
+        return {label: category for label, (category, _) in zip(self._labels, self.categories, strict=True)}
 
     @property
     def label_to_name(self) -> dict[int, str]:
         """Map each label to its name."""
-        return {label: name for label, (_, name) in enumerate(self.categories, start=1)}
+        return {label: name for label, (_, name) in zip(self._labels, self.categories, strict=True)}
+
+    @property
+    def _labels(self) -> Sequence[int]:
+        return self.labels or range(1, len(self.categories) + 1)
 
 
 def _is_category(value: Any) -> bool:
@@ -138,7 +155,7 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
     values = read_json(path)
     try:
         spec = ModelSpec.from_flat(values)
-        model = build_detector(spec.model, spec.num_classes)
+        model = None if spec.detector else build_detector(spec.model, spec.num_classes)
     except MissingPackageError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:  # what torch raises of numbers that cannot be
@@ -148,5 +165,26 @@ def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
             where=f"{path}",
             fix="restore that file, or train again",
         ) from error
+    if model is None:  # what a file of the user's own raises is raised
+        model = _build_foreign(spec, path)
     load_weights(model, folder / "model.safetensors")
     return model.eval(), spec
+
+
+def _build_foreign(spec: ModelSpec, path: Path) -> nn.Module:
+    """Build a detector that was converted, without its weights where they would have to be fetched."""
+    kind, _, name = spec.detector.partition(":")
+    model: nn.Module
+    if kind == "torchvision":
+        model = torchvision_detector(name, size=spec.model.size, short_side=spec.model.short_side, fetch=False)
+    else:
+        file, _ = python_file(spec.detector)
+        if not file.is_file():
+            raise RunError(
+                expected="the Python file that the detector was converted from",
+                got=f"none at {file}",
+                where=f"{path}",
+                fix='put it back, or write its new place under "detector" there',
+            )
+        model, _ = python_detector(spec.detector)
+    return add_selection(model) if spec.model.selection else model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from coco_example.data.annotations import Category
 from coco_example.data.values import Identifier, key_of
 from coco_example.errors import RunError
 from coco_example.evaluation.evaluation import Detector
-from coco_example.functions import load_function
 from coco_example.models.detectors import torchvision_detector
+from coco_example.models.foreign import python_detector
 from coco_example.models.saved_model import load_model
 from coco_example.options import ModelOptions
-from crosskd_assign import DetectorAdapter, adapt
+from crosskd_assign import DetectorAdapter
 from crosskd_assign.structures import Batch
 
-__all__ = ["TeacherInTraining", "load_teacher", "python_detector"]
+__all__ = ["TeacherInTraining", "load_teacher"]
 
 
 def load_teacher(
@@ -61,41 +61,6 @@ def load_teacher(
         (label, same.get((key_of(i), name), named.get(name))) for label, (i, name) in enumerate(spec.categories, 1)
     ]
     return model, {label: category for label, category in pairs if category is not None}
-
-
-def python_detector(reference: str) -> tuple[DetectorAdapter, dict[int, Identifier]]:
-    """Call a function of the user's own file for a trained detector and the COCO category of each of its labels.
-
-    The file is run as a module, and imports what lies beside it before anything else of the same name. What it raises
-    is raised.
-
-    Args:
-        reference: "python:FILE:FUNCTION".
-
-    Raises:
-        RunError: No such file or function, or it returns something else.
-    """
-    # 1. The function.
-    function = load_function(reference)
-    name = reference.rpartition(":")[2]
-
-    # 2. What it returns.
-    match function():
-        case nn.Module() as model, Mapping() as labels if all(
-            isinstance(n, int) for pair in labels.items() for n in pair
-        ):
-            return adapt(model).eval(), dict(labels)
-        case other:
-            raise RunError(
-                expected=f"{name}() to return a DetectorAdapter and a dict from its labels to COCO category ids",
-                got=_types(other),
-                where=reference,
-                fix="return YourAdapter(model), {0: 1, 1: 2}, for example",
-            )
-
-
-def _types(value: object) -> str:
-    return f"({', '.join(map(_types, value))})" if isinstance(value, tuple) else type(value).__name__
 
 
 @dataclass(frozen=True)

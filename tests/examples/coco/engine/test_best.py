@@ -37,7 +37,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Any:
         given = {3 * n: value for n, value in enumerate(scores, start=1)}
         original = Best.offer
 
-        def offer(best: Best, network: Any, found: Any, step: int) -> None:
+        def offer(best: Best, network: Any, found: Any, step: int, thresholds: Any = None) -> None:
             weights[step] = {name: value.clone() for name, value in network.state_dict().items()}
             value = given[step]
             original(best, network, {**found, "ap": 0.0, "ap_nms": 0.0, AP.get(arm, "ap"): value}, step)
