@@ -50,7 +50,7 @@ INSIDE = {
     "assignment": [{"candidates"}, {"lookup"}, {"matching"}, {"assigner", "one_to_many"}],
     "detectors": [{"base"}, {"probing", "resizing", "functions", "torchvision"}, {"entry"}],
     "distillation": [{"schedule", "aligner"}, {"distiller", "inherit"}, {"cross_head"}],
-    "export": [{"tensor_detector"}, {"compare"}, {"onnx"}],
+    "export": [{"tensor_detector"}, {"checking", "compare"}, {"tracing"}, {"onnx"}],
     "testing": [{"report"}, {"examination"}, {"shapes", "inputs", "positions", "robustness", "gradients"}, {"units"}],
 }
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}
