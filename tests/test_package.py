@@ -50,7 +50,12 @@ INSIDE = {
     "assignment": [{"candidates"}, {"lookup"}, {"matching"}, {"assigner", "one_to_many"}],
     "detectors": [{"base"}, {"probing", "resizing", "functions", "torchvision"}, {"entry"}],
     "distillation": [{"schedule", "aligner"}, {"distiller", "inherit"}, {"cross_head"}],
-    "export": [{"tensor_detector"}, {"checking", "compare"}, {"tracing"}, {"onnx"}],
+    "export": [
+        {"requirements", "graph", "tensor_detector", "translations"},
+        {"checking", "compare", "running"},
+        {"tracing"},
+        {"onnx", "precision", "openvino"},
+    ],
     "testing": [{"report"}, {"examination"}, {"shapes", "inputs", "positions", "robustness", "gradients"}, {"units"}],
 }
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}

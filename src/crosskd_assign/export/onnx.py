@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from ..errors import ExportError
 from ..validation import validate_option
 from .checking import check_batches
 from .compare import compare_file, predict, validate_tracing_mode
+from .requirements import required_packages, validate_place
 from .tensor_detector import Outputs, Preprocessing, TensorDetector
 from .tracing import describe_model, trace_model
 
@@ -125,7 +125,7 @@ def export_onnx(
     # 1. What is exported: a copy, in float32, to where a file can be.
     packages = _required_packages()
     path = Path(path)
-    _validate_place(path)
+    validate_place(path)
     validate_option("opset", opset, low=18)
     validate_option("batch_size", 1 if batch_size is None else batch_size, low=1)
     view = TensorDetector(detector, preprocessing=preprocessing, outputs=outputs, one_to_many=one_to_many)
@@ -159,21 +159,6 @@ def export_onnx(
     return ExportReport(path, opset, shape, count, shapes, *gaps, outputs=outputs)
 
 
-def _validate_place(path: Path) -> None:
-    """Raise `ExportError` unless a file can be written there: tracing takes minutes."""
-    if path.is_dir():
-        got = "a folder"
-    elif not path.parent.is_dir():
-        got = "no such folder"
-    elif not os.access(path.parent, os.W_OK):
-        got = "a folder that cannot be written to"
-    else:
-        return
-    raise ExportError(
-        expected="a file in a folder that is there", got=got, where=f"{path}", fix="make the folder, or choose another"
-    )
-
-
 def _required_packages() -> dict[str, Any]:
     """The optional packages, by name."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
@@ -181,15 +166,7 @@ def _required_packages() -> dict[str, Any]:
         raise ExportError(
             expected=f"torch {oldest} or newer", got=torch.__version__, where="export_onnx", fix="upgrade torch"
         )
-    try:
-        return {name: importlib.import_module(name) for name in _PACKAGES}
-    except ImportError as error:
-        raise ExportError(
-            expected=", ".join(_PACKAGES),
-            got=str(error),
-            where="export_onnx",
-            fix='pip install "crosskd_assign[export]"',
-        ) from error
+    return required_packages(_PACKAGES, where="export_onnx")
 
 
 def _validate_size(view: TensorDetector) -> None:

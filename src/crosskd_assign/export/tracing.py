@@ -17,6 +17,7 @@ from ..errors import ExportError
 from ..version import __version__
 from .checking import roomy_size
 from .tensor_detector import OUTPUT_NAMES, TensorDetector
+from .translations import stable_translations
 
 __all__ = ["describe_model", "trace_model"]
 
@@ -75,6 +76,7 @@ def trace_model(
                 output_names=list(outputs),
                 dynamo=True,
                 verbose=False,
+                custom_translation_table=stable_translations(),
             )
     except Exception as error:  # of torch.export, of the translation, of whatever an adapter does
         raise ExportError(
@@ -98,7 +100,7 @@ def trace_model(
 
 
 def _slice_for_gather(model: Any) -> None:
-    """Replace each Gather of one constant index, as ``x[..., 0]`` makes, by Slice and Squeeze: all runtimes have them."""
+    """Replace each Gather of one constant index, as of ``x[..., 0]``, by Slice and Squeeze, which all runtimes have."""
     ir: Any = importlib.import_module("onnx_ir")
     graph = model.graph
 
