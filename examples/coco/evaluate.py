@@ -1,6 +1,7 @@
 """Score a detector by COCO's protocol, without and with NMS, and count its duplicates.
 
 python examples/coco/evaluate.py --run runs/demo/student --data-path data/demo
+python examples/coco/evaluate.py --model student.onnx --data-path data/demo
 python examples/coco/evaluate.py --detector python:my_detector.py:trained --data-path coco
 """
 
@@ -22,6 +23,7 @@ from coco_example.data.reader import read_coco
 from coco_example.data.values import Identifier
 from coco_example.evaluation.coco_metrics import coco_results
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, detect, score, table
+from coco_example.evaluation.onnx_detector import OnnxDetector
 from coco_example.files import write_json, write_whole
 from coco_example.models.saved_model import load_model
 from coco_example.models.teachers import python_detector
@@ -31,14 +33,20 @@ from crosskd_assign import adapt
 __all__ = ["main"]
 
 
-def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Identifier], list[Category] | None, Any]:
-    """Load a run's detector or a user's own.
+def load_detector(
+    options: argparse.Namespace,
+) -> tuple[Detector | OnnxDetector, dict[int, Identifier], list[Category] | None, Any]:
+    """Load a run's detector, an exported file or a user's own.
 
     Returns:
         The detector, the category id of each of its labels, its classes if they have names, and what describes it.
     """
     ranking: Ranking = "class" if options.class_score else "class_quality"
     given = options.top_k
+    if options.model is not None:
+        exported = OnnxDetector(options.model, top_k=given)
+        ids = {label: category.id for label, category in enumerate(exported.categories, start=1)}
+        return exported, ids, exported.categories, {"model": str(options.model), **exported.metadata}
     if options.run is None:
         own, labels = python_detector(options.detector)
         detector = Detector(own.to(options.device), ranking, Detector.top_k if given is None else given)
@@ -54,6 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="folder of a finished run")
+    which.add_argument("--model", type=Path, help="ONNX file that export.py wrote; runs on the CPU, image by image")
     which.add_argument("--detector", help="python:FILE:FUNCTION, one-to-many detector of your own")
     parser.add_argument("--data-path", type=Path, default=Path("data/demo"), help="data set, as for train.py")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val", help="images to score")
@@ -102,7 +111,8 @@ def run(options: argparse.Namespace) -> None:
         write_json(options.output, {"spec": described, "scores": result.as_dict()})
         print(json.dumps({"written": str(options.output)}))
     if options.results is not None:
-        detections = found.suppressed if detector.ranking == "class_quality" else found.plain
+        many = detector.ranking == "class_quality" if isinstance(detector, Detector) else detector.one_to_many
+        detections = found.suppressed if many else found.plain
         rows = coco_results(detections, found.image_ids(index), categories)
         write_whole(options.results, json.dumps(rows).encode())  # on one line: there may be millions
         print(json.dumps({"written": str(options.results)}))

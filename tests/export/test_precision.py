@@ -106,7 +106,7 @@ def test_int8_holds_the_network_and_float_what_decides(path, method, tmp_path):
     # What is reported is what the two files find.
     found = [detections_of(onnx_runner(p), IMAGES, where="") for p in (path, report.path)]
     assert report.agreement == agreement(*found, threshold=0.0)
-    assert report.agreement.compared == len(IMAGES) * 20
+    assert len(IMAGES) * 10 < report.agreement.compared < len(IMAGES) * 20  # without those that tie with the last
     assert report.agreement.matched > 0.8
     assert 0 < report.agreement.mean_score_difference < 0.05
     assert [p.name for p in tmp_path.iterdir()] == ["int8.onnx"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError, ImageError
-from ..geometry import iou
+from ..geometry import area, iou
 from ..structures import Detection
 from ..validation import validate_images
 from .requirements import required_packages
@@ -22,6 +22,7 @@ __all__ = ["Agreement", "Runner", "agreement", "detections_of", "onnx_runner", "
 
 Runner = Callable[[Any], Sequence[Any]]  # from (N, 3, H, W) to boxes, scores and perhaps labels
 _TOP_K = 100  # of dense outputs
+_TIE = 1e-4  # scores that rounding may put in either order
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Agreement:
     """How far the detections of a file are from those of the file that it was made of.
 
     A detection is found if the other file has one of the same label that overlaps it by an IoU of 0.5; the best overlap
-    counts, and each counts once.
+    counts, and each counts once. Not compared are those that tie with the last place, where another may stand, and boxes
+    of less than a pixel, such as those clipped to nothing.
 
     Attributes:
         images: Images that both ran on.
@@ -38,6 +40,10 @@ class Agreement:
         iou: Mean overlap with those found.
         score_difference: Largest difference of the scores of those found.
         mean_score_difference: Mean difference likewise.
+
+    Example:
+        >>> agreement([], []) == Agreement(0, 0, 1.0, 1.0, 0.0, 0.0)
+        True
     """
 
     images: int
@@ -63,9 +69,10 @@ def agreement(expected: Sequence[Detection], found: Sequence[Detection], *, thre
     compared = 0
     for a, b in zip(expected, found, strict=True):
         free = torch.ones(len(b["scores"]), dtype=torch.bool)
-        strong = (a["scores"] >= threshold).nonzero()[:, 0]
-        compared += len(strong)
-        for i in strong.tolist() if len(free) else []:
+        last = float(b["scores"].min()) if 0 < len(b["scores"]) == len(a["scores"]) else 0.0
+        strong = (a["scores"] >= threshold) & (a["scores"] > last + _TIE) & (area(a["boxes"]) >= 1)
+        compared += int(strong.sum())
+        for i in strong.nonzero()[:, 0].tolist() if len(free) else []:
             overlap = iou(a["boxes"][i], b["boxes"]) * (free & (b["labels"] == a["labels"][i]))
             j = int(overlap.argmax())
             if overlap[j] >= 0.5:
@@ -124,7 +131,7 @@ def onnx_runner(path: Path) -> Runner:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen types
         raise _unusable(str(error), f"{path}") from error
-    return lambda images: session.run(None, {"images": images})  # type: ignore[no-any-return]
+    return lambda images: session.run(None, {"images": images})
 
 
 def validate_inputs(model: Any, images: Sequence[Tensor]) -> list[Tensor]:
