@@ -30,8 +30,8 @@ class Agreement:
     """How far the detections of a file are from those of the file that it was made of.
 
     A detection is found if the other file has one of the same label that overlaps it by an IoU of 0.5; the best overlap
-    counts, and each counts once. Not compared are those that tie with the last place, where another may stand, and boxes
-    of less than a pixel, such as those clipped to nothing.
+    counts, and each counts once. Not compared are those that tie with the last place, where another may stand, and
+    boxes of less than a pixel, such as those clipped to nothing.
 
     Attributes:
         images: Images that both ran on.

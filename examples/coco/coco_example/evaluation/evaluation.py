@@ -17,7 +17,7 @@ from coco_example.data.values import Identifier, key_of
 from coco_example.engine.distributed import ALONE, Worker
 from coco_example.engine.loaders import loaded
 from coco_example.evaluation.coco_metrics import CocoScores, coco_evaluate, coco_results
-from coco_example.evaluation.onnx_detector import OnnxDetector
+from coco_example.evaluation.onnx_detector import NMS_THRESHOLD, OnnxDetector
 from coco_example.models.detectors import selection_of
 from crosskd_assign import DensePredictions, DetectorAdapter
 from crosskd_assign.detectors.probing import evaluation_mode
@@ -27,8 +27,6 @@ from crosskd_assign.structures import Batch, Detection, Target
 from crosskd_assign.validation import validate_option
 
 __all__ = ["NMS_THRESHOLD", "Detector", "Evaluation", "Found", "detect", "evaluate", "on_cpu", "score", "table"]
-
-NMS_THRESHOLD = 0.6  # torchvision's FCOS
 
 Ranking = Literal["class", "class_quality"]
 

@@ -19,8 +19,9 @@ from crosskd_assign.geometry import clip, scale
 from crosskd_assign.postprocessing import suppress
 from crosskd_assign.structures import Detection
 
-__all__ = ["OnnxDetector", "Preparation"]
+__all__ = ["NMS_THRESHOLD", "OnnxDetector", "Preparation"]
 
+NMS_THRESHOLD = 0.6  # torchvision's FCOS
 
 # What `export.py` writes into the file.
 _METADATA = frozenset({"preprocessing", "class_names", "short_side", "long_side", "size_divisible", "image_mean"})
@@ -133,19 +134,15 @@ class OnnxDetector:
         Raises:
             RunError: The file takes images of another size only.
         """
-        plain, suppressed = self.detect_twice(images, nms_threshold=0.6)
-        return suppressed if self.one_to_many else plain
+        found = [self._detect(image) for image in images]
+        return [self._suppressed(d, NMS_THRESHOLD) if self.one_to_many else self._cut(d) for d in found]
 
     def detect_twice(
         self, images: Sequence[Tensor], *, nms_threshold: float
     ) -> tuple[list[Detection], list[Detection]]:
         """Detect objects without and with NMS; ten times as many enter it where outputs are dense."""
         found = [self._detect(image) for image in images]
-        k = slice(self.top_k)
-        plain: list[Detection] = [
-            {"boxes": d["boxes"][k], "scores": d["scores"][k], "labels": d["labels"][k]} for d in found
-        ]
-        return plain, [suppress(d, nms_threshold, top_k=self.top_k) for d in found]
+        return [self._cut(d) for d in found], [self._suppressed(d, nms_threshold) for d in found]
 
     def run(self, image: Tensor) -> dict[str, Tensor]:
         """Run the file on one image that is as it wants it; outputs by name, without the axis of images.
@@ -178,6 +175,13 @@ class OnnxDetector:
         if self._prepare.inside:
             return image, (image.shape[1], image.shape[2])
         return self._prepare(image, self._session.get_inputs()[0].shape)
+
+    def _cut(self, d: Detection) -> Detection:
+        k = slice(self.top_k)
+        return {"boxes": d["boxes"][k], "scores": d["scores"][k], "labels": d["labels"][k]}
+
+    def _suppressed(self, d: Detection, nms_threshold: float) -> Detection:
+        return suppress(d, nms_threshold, top_k=self.top_k)
 
     def _detect(self, image: Tensor) -> Detection:
         """Detect objects in pixels of an image that comes in; of dense outputs as many as may enter NMS."""
