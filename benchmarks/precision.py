@@ -114,8 +114,8 @@ def processor_times(arms: Mapping[str, Callable[[], object]], runs: int) -> dict
 def line(row: Row) -> str:
     """Write a row of the table."""
     latency = "–" if row["ms"] is None else f"{row['ms']:.1f} ms ({row['ratio']:.2f})"
-    cells = (row["network"], row["file"], f"{100 * row['ap']:.1f}", f"{100 * row['ap50']:.1f}")
-    cells += (f"{row['duplicates']:.3f}", f"{row['megabytes']:.2f}", latency, f"{100 * row['matched']:.1f} %")
+    cells = [row["network"], row["file"], f"{100 * row['ap']:.1f}", f"{100 * row['ap50']:.1f}"]
+    cells += [f"{row['duplicates']:.3f}", f"{row['megabytes']:.2f}", latency, f"{100 * row['matched']:.1f} %"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -17,7 +17,7 @@ from tests.makers.small_models import scene, small_fcos
 
 # What small runtimes have. Nothing here picks values by their size or by an index.
 PLAIN = """
-    Add BatchNormalization Cast Clip Concat ConstantOfShape Conv Div Exp Expand Identity InstanceNormalization Log Max
+    Abs Add BatchNormalization Cast Clip Concat ConstantOfShape Conv Div Exp Expand Identity InstanceNormalization Log Max
     MaxPool Min Mul Neg Pad Range ReduceMax Relu Reshape Resize Shape Sigmoid Slice Split Squeeze Sub Tanh
     Transpose Unsqueeze
 """
@@ -53,12 +53,20 @@ def operators(path: Path) -> set[str]:
     return {node.op_type for node in onnx.load(str(path)).graph.node}
 
 
+def unused(path: Path) -> set[str]:
+    """Constants that no node reads."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(str(path)).graph
+    return {x.name for x in graph.initializer} - {name for node in graph.node for name in node.input}
+
+
 def test_the_host_makes_the_detections_of_dense_outputs(tmp_path):
     pytest.importorskip("onnxscript")
     detector = with_selection()
     report = export_onnx(detector, tmp_path / "a.onnx", outputs="dense", image_size=(64, 80))
     assert (report.outputs, report.detections) == ("dense", run(report.path, torch.rand(1, 3, 64, 80))[1].shape[1])
     assert operators(report.path) <= set(PLAIN.split())
+    assert not unused(report.path)
     check(detector, report.path, torch.stack(scene([(64, 80)] * 3)[0]))
 
 

@@ -127,7 +127,10 @@ def _slice_for_gather(model: Any) -> None:
         part.outputs[0].name = f"{old.name}_range"
         new = squeezed.outputs[0]
         new.name, new.shape, new.dtype = f"{old.name}_only", old.shape, old.dtype
+        number = node.inputs[1]
         ir.convenience.replace_nodes_and_values(graph, node, [node], [part, squeezed], [old], [new])
+        if not number.uses():
+            graph.initializers.pop(number.name, None)
 
 
 def _validate_open(model: Any, shapes: Mapping[str, Mapping[int, Any]], view: TensorDetector) -> None:
