@@ -73,12 +73,12 @@ def test_the_host_makes_the_detections_of_dense_outputs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"preprocessing": "outside", "image_size": (96, 160), "batch_size": 1}, {}],
+    [{"preprocessing": "outside", "image_size": (128, 160), "batch_size": 1}, {}],
     ids=["fixed, outside", "any size"],
 )
 def test_torchvisions_detectors_have_dense_outputs_without_selecting_operators(options, tmp_path):
     pytest.importorskip("onnxscript")
-    model = small_fcos(min_size=96, max_size=160)
+    model = small_fcos(min_size=128, max_size=256)
     detector = EndToEndDetector(model, selection=SelectionBranch(model), top_k=20).eval()
     report = export_onnx(detector, tmp_path / "a.onnx", outputs="dense", **options)
     unwanted = {"TopK", "GatherElements", "GatherND", "NonZero", "NonMaxSuppression", "ScatterND"}
