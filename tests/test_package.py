@@ -51,7 +51,12 @@ INSIDE = {
     "detectors": [{"base"}, {"probing", "resizing", "functions", "torchvision"}, {"entry"}],
     "diagnostics": [{"duplicates", "thresholds"}, {"comparisons"}],
     "distillation": [{"schedule", "aligner"}, {"distiller", "inherit"}, {"cross_head"}],
-    "export": [{"tensor_detector"}, {"compare"}, {"onnx"}],
+    "export": [
+        {"requirements", "graph", "tensor_detector", "translations"},
+        {"checking", "compare", "running"},
+        {"tracing"},
+        {"onnx", "precision", "openvino"},
+    ],
     "testing": [{"report"}, {"examination"}, {"shapes", "inputs", "positions", "robustness", "gradients"}, {"units"}],
 }
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}

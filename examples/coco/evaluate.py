@@ -1,6 +1,7 @@
 """Score a detector by COCO's protocol, without and with NMS, and count its duplicates.
 
 python examples/coco/evaluate.py --run runs/demo/student --data-path data/demo
+python examples/coco/evaluate.py --model student.onnx --data-path data/demo
 python examples/coco/evaluate.py --detector python:my_detector.py:trained --data-path coco
 """
 
@@ -23,6 +24,7 @@ from coco_example.data.values import Identifier, key_of
 from coco_example.errors import printable
 from coco_example.evaluation.coco_metrics import coco_results
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, detect, score, table
+from coco_example.evaluation.onnx_detector import OnnxDetector
 from coco_example.evaluation.operating_point import describe_thresholds, threshold_table
 from coco_example.files import write_json, write_whole
 from coco_example.models.foreign import python_detector
@@ -37,14 +39,24 @@ __all__ = ["main"]
 CHOSEN_ON = {"train": "training images", "val": "validation images", "test": "test images"}
 
 
-def load_detector(options: argparse.Namespace) -> tuple[Detector, dict[int, Identifier], list[Category] | None, Any]:
-    """Load a run's detector or a user's own.
+def load_detector(
+    options: argparse.Namespace,
+) -> tuple[Detector | OnnxDetector, dict[int, Identifier], list[Category] | None, Any]:
+    """Load a run's detector, an exported file or a user's own.
 
     Returns:
         The detector, the category id of each of its labels, its classes if all have names, and what describes it.
     """
     ranking: Ranking = "class" if options.class_score else "class_quality"
     given = options.top_k
+    if options.model is not None:
+        exported = OnnxDetector(options.model, top_k=given)
+        return (
+            exported,
+            exported.category_ids,
+            exported_classes(exported),
+            {**exported.metadata, "model": f"{options.model}"},
+        )
     if options.run is None:
         own, labels = python_detector(options.detector)
         top_k = Detector.top_k if given is None else given
@@ -63,6 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="folder of a finished run")
+    which.add_argument("--model", type=Path, help="ONNX file that export.py wrote; runs on the CPU, image by image")
     which.add_argument("--detector", help="python:FILE:FUNCTION, one-to-many detector of your own")
     parser.add_argument("--data-path", type=Path, default=Path("data/demo"), help="data set, as for train.py")
     parser.add_argument("--split", choices=("train", "val", "test"), default="val", help="images to score")
@@ -113,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
     # 3. Report.
     print(index.report)
     print(table([("without NMS", result.plain, result.duplicates), ("with NMS", result.nms, result.duplicates_nms)]))
-    many = detector.ranking == "class_quality"
+    many = detector.ranking == "class_quality" if isinstance(detector, Detector) else detector.one_to_many
     chosen, where = result.usable(with_nms=many), CHOSEN_ON[options.split]
     known = {key_of(category.id): category.name for category in index.categories}
     names = {label: known.get(key_of(category), str(category)) for label, category in categories.items()}

@@ -492,7 +492,7 @@ def test_a_model_or_an_adapter_is_exported_as_the_detector_it_would_be_and_stays
 
 @pytest.mark.parametrize(("place", "got"), [("", "a folder"), ("nowhere/model.onnx", "no such folder")])
 def test_a_place_where_no_file_can_be_is_refused_before_anything_is_traced(place, got, tmp_path, monkeypatch):
-    monkeypatch.setattr("crosskd_assign.export.onnx._trace", lambda *_: pytest.fail("was traced"))
+    monkeypatch.setattr("crosskd_assign.export.onnx.trace_model", lambda *_: pytest.fail("was traced"))
     with pytest.raises(ExportError) as caught:
         export_onnx(tiny_detector(), tmp_path / place)
     assert (caught.value.expected, caught.value.got) == ("a file in a folder that is there", got)

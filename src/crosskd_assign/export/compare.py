@@ -21,11 +21,18 @@ from ..errors import ExportError
 from ..geometry import at_least_float32
 from ..structures import Batch, Detection, GridLevel
 from ..validation import validate_predictions
-from .tensor_detector import TensorDetector
+from .tensor_detector import OUTPUT_NAMES, TensorDetector
 
-__all__ = ["OUTPUTS", "Difference", "Prediction", "compare_file", "difference", "predict", "validate_tracing_mode"]
+__all__ = [
+    "Difference",
+    "Prediction",
+    "compare_file",
+    "dense_difference",
+    "difference",
+    "predict",
+    "validate_tracing_mode",
+]
 
-OUTPUTS = ("boxes", "scores", "labels")
 # What exporters set while they trace, and adapters may ask.
 _TRACING = ((torch.onnx, "is_in_onnx_export"), (torch.compiler, "is_exporting"))
 
@@ -151,6 +158,23 @@ def _competing(
     return allowed & (scores >= best[:, None] - 2 * tolerance), best
 
 
+def dense_difference(
+    found: Prediction, prediction: Prediction, *, score_tolerance: float, box_tolerance: float
+) -> Difference:
+    """Compare everything that was found for one image with everything that its detector predicts, place by place."""
+    gaps: dict[str, float] = {}
+    for name, tolerance in (("scores", score_tolerance), ("boxes", box_tolerance)):
+        a, b = getattr(found, name), getattr(prediction, name)
+        if a.shape != b.shape:
+            fault = f"{name} of shape {tuple(a.shape)} instead of {tuple(b.shape)}"
+            return Difference(gaps.get("scores", 0.0), 0.0, fault)
+        gaps[name] = float((a - b).abs().nan_to_num(nan=float("inf")).max())
+        if gaps[name] > tolerance:
+            fault = f"{name} that differ by {gaps[name]:.4g}"
+            return Difference(gaps["scores"], gaps.get("boxes", 0.0), fault)
+    return Difference(gaps["scores"], gaps["boxes"])
+
+
 def _one_each(same: NDArray[np.bool_], certain: NDArray[np.bool_]) -> bool:
     """Whether detections (rows) and predictions (columns) pair off, with all rows and all certain columns taken.
 
@@ -186,24 +210,27 @@ def compare_file(
     options.log_severity_level = 4  # what goes wrong is raised, too
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        found = [session.run(OUTPUTS, {"images": batch.numpy()}) for batch in batches]
+        found = [session.run(OUTPUT_NAMES[view.outputs], {"images": batch.numpy()}) for batch in batches]
     except Exception as error:  # onnxruntime has a dozen types
         where = f"images of {[tuple(batch.shape) for batch in batches]}"
         raise _disagreement(view, batches, "a file that onnxruntime runs", str(error), where) from error
 
     # 2. Is it what the detector finds?
     gaps = []
+    tolerances = {"score_tolerance": score_tolerance, "box_tolerance": box_tolerance}
     for batch, outputs, images in zip(batches, found, known, strict=True):
         rows = zip(*map(torch.from_numpy, outputs), images, strict=True)
-        for i, (boxes, scores, labels, prediction) in enumerate(rows):
-            gap = difference(
-                Detection(boxes=boxes, scores=scores, labels=labels),
-                prediction,
-                score_tolerance=score_tolerance,
-                box_tolerance=box_tolerance,
-                one_class_per_point=view.one_class_per_point,
-                classes=view.classes,
-            )
+        for i, (boxes, scores, *labels, prediction) in enumerate(rows):
+            if labels:
+                gap = difference(
+                    Detection(boxes=boxes, scores=scores, labels=labels[0]),
+                    prediction,
+                    **tolerances,
+                    one_class_per_point=view.one_class_per_point,
+                    classes=view.classes,
+                )
+            else:
+                gap = dense_difference(Prediction(boxes, scores), prediction, **tolerances)
             if gap.fault:
                 where = f"image {i} of {tuple(batch.shape)}"
                 raise _disagreement(view, batches, "the detections of the detector", gap.fault, where)

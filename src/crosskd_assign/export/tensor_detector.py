@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -10,13 +11,21 @@ from typing_extensions import override
 from ..detectors import adapt
 from ..distillation import Distiller
 from ..end_to_end import EndToEndDetector
+from ..errors import OptionError
+from ..geometry import at_least_float32
 from ..postprocessing import top_detections
+from ..selection import ranking_logits
 from ..structures import Batch, DensePredictions, Detection
 from ..validation import validate_choice
 
-__all__ = ["Preprocessing", "TensorDetector"]
+__all__ = ["OUTPUT_NAMES", "Outputs", "Preprocessing", "TensorDetector"]
 
 Preprocessing = Literal["inside", "outside"]
+Outputs = Literal["detections", "dense"]
+OUTPUT_NAMES: dict[Outputs, tuple[str, ...]] = {
+    "detections": ("boxes", "scores", "labels"),
+    "dense": ("boxes", "scores"),
+}
 
 
 class TensorDetector(nn.Module):
@@ -27,6 +36,9 @@ class TensorDetector(nn.Module):
     with one afterwards. Weights, mode, ``one_class_per_point`` and ``classes`` are the detector's own; call ``.eval()``
     before tracing.
 
+    With dense outputs it returns everything that is predicted, ``boxes (N, A, 4)`` and ``scores (N, A, C)``, and the
+    host selects, one class a point and ``classes`` with it: for runtimes without top-k or gather.
+
     Args:
         detector: The detector, or a model or adapter that is to be an `EndToEndDetector` with its defaults. Of a
             `Distiller` it is the student; the teacher is no part of it.
@@ -34,9 +46,13 @@ class TensorDetector(nn.Module):
             ``detector(images)`` would; boxes are in their pixels. "outside": images already resized and padded to a
             multiple of ``adapter.size_divisible``, not normalised; boxes are in pixels of these. Padding should have
             the colour ``adapter.image_mean``, which normalisation turns into the zeros that the network was trained on.
+        outputs: "detections": the best, selected. "dense": all.
+        one_to_many: Score as a detector that needs NMS does, by √(class · quality) where it has a quality branch. It
+            has dense outputs only, on which the host runs NMS.
 
     Raises:
-        OptionError: ``preprocessing`` is neither.
+        OptionError: ``preprocessing`` or ``outputs`` is neither, or a one-to-many detector has detections for outputs
+            or a selection branch.
         UnknownDetectorError: No built-in adapter fits the model.
 
     Example:
@@ -48,9 +64,17 @@ class TensorDetector(nn.Module):
         ((2, 7, 4), (2, 7))
     """
 
-    def __init__(self, detector: nn.Module, *, preprocessing: Preprocessing = "inside") -> None:
+    def __init__(
+        self,
+        detector: nn.Module,
+        *,
+        preprocessing: Preprocessing = "inside",
+        outputs: Outputs = "detections",
+        one_to_many: bool = False,
+    ) -> None:
         super().__init__()
         validate_choice("preprocessing", preprocessing, ("inside", "outside"))
+        validate_choice("outputs", outputs, ("detections", "dense"))
         student = detector.detector if isinstance(detector, Distiller) else detector
         self.adapter = adapt(student)
         self.selection, self.top_k = None, 100  # as `EndToEndDetector` has them by default
@@ -58,11 +82,20 @@ class TensorDetector(nn.Module):
         if isinstance(student, EndToEndDetector):
             self.selection, self.top_k = student.selection, student.top_k
             self.one_class_per_point, self.classes = student.one_class_per_point, student.classes
+        if one_to_many and (outputs == "detections" or self.selection is not None):
+            raise OptionError(
+                expected='outputs "dense" of a one-to-many detector without a selection branch',
+                got=f"{outputs}" if self.selection is None else "a selection branch",
+                where="one_to_many",
+                fix='pass outputs="dense" and run NMS on the host, or convert the detector to one without NMS',
+            )
         self.preprocessing = preprocessing
+        self.outputs = outputs
+        self.one_to_many = one_to_many
         self.training = student.training
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect on a batch of images: ``boxes``, ``scores`` and ``labels``."""
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Detect on a batch of images: ``boxes``, ``scores`` and, unless outputs are dense, ``labels``."""
         return self.detect(self.prepare(images))
 
     def prepare(self, images: Tensor) -> Batch:
@@ -79,20 +112,31 @@ class TensorDetector(nn.Module):
         """Predict on a prepared batch; scores are those that detections get."""
         features = self.adapter.features(batch)
         if self.selection is None:
-            return self.adapter.head(features, batch.image_size)
+            predictions = self.adapter.head(features, batch.image_size)
+            if self.one_to_many:
+                return replace(predictions, logits=ranking_logits(predictions), quality=None)
+            return predictions
         # On copies, because a head may edit the maps, and the branch reads them. A graph leaves needless ones out.
         predictions = self.adapter.head([x.clone() for x in features], batch.image_size)
         return self.selection(features, predictions)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
-    def detect(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect on a prepared batch: ``boxes``, ``scores`` and ``labels``."""
+    def detect(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Detect on a prepared batch: ``boxes``, ``scores`` and, unless outputs are dense, ``labels``."""
+        # 1. Select, or keep all.
         predictions = self.predict(batch)
-        scores, boxes, labels = top_detections(
-            predictions, self.top_k, one_class_per_point=self.one_class_per_point, classes=self.classes
-        )
-        together: Detection = {"boxes": boxes.flatten(0, 1), "scores": scores.flatten(), "labels": labels.flatten()}
+        if self.outputs == "dense":
+            scores, boxes = at_least_float32(predictions.logits).sigmoid(), predictions.boxes
+            together: Detection = {"boxes": boxes.flatten(0, 1), "scores": scores, "labels": scores}
+        else:
+            scores, boxes, labels = top_detections(
+                predictions, self.top_k, one_class_per_point=self.one_class_per_point, classes=self.classes
+            )
+            together = {"boxes": boxes.flatten(0, 1), "scores": scores.flatten(), "labels": labels.flatten()}
+
+        # 2. Boxes in the images' pixels.
         (restored,) = self.adapter.restore([together], batch)
-        return restored["boxes"].reshape(boxes.shape), scores, labels
+        outputs = restored["boxes"].reshape(boxes.shape), scores
+        return outputs if self.outputs == "dense" else (*outputs, labels)
 
     def count(self, points: int, classes: int) -> int:
         """Count the detections of an image with so many points and classes."""
@@ -102,4 +146,4 @@ class TensorDetector(nn.Module):
     @override
     def extra_repr(self) -> str:
         text = f"top_k={self.top_k}, one_class_per_point={self.one_class_per_point}, classes={self.classes}"
-        return f"{text}, preprocessing={self.preprocessing!r}"
+        return f"{text}, preprocessing={self.preprocessing!r}, outputs={self.outputs!r}"

@@ -68,7 +68,7 @@ def one_thread() -> Iterator[None]:
 
 
 def comparison_table(before: Evaluation, after: Evaluation, times: Times) -> str:
-    """Write the table of a conversion: `table` of both, without and with NMS, and thresholds of the best F1 and time."""
+    """Write the table of a conversion: `table` of both, without and with NMS, thresholds of the best F1 and time."""
     rows = [
         ("before, with NMS", before.nms, before.duplicates_nms),
         ("before, without NMS", before.plain, before.duplicates),

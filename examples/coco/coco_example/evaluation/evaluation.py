@@ -17,6 +17,7 @@ from coco_example.data.values import Identifier, key_of
 from coco_example.engine.distributed import ALONE, Worker
 from coco_example.engine.loaders import loaded
 from coco_example.evaluation.coco_metrics import CocoScores, coco_evaluate, coco_results
+from coco_example.evaluation.onnx_detector import NMS_THRESHOLD, OnnxDetector
 from coco_example.evaluation.operating_point import choose_thresholds
 from coco_example.models.detectors import selection_of
 from crosskd_assign import DensePredictions, DetectorAdapter
@@ -27,8 +28,6 @@ from crosskd_assign.structures import Batch, Detection, Target
 from crosskd_assign.validation import validate_option
 
 __all__ = ["NMS_THRESHOLD", "Detector", "Evaluation", "Found", "detect", "evaluate", "on_cpu", "score", "table"]
-
-NMS_THRESHOLD = 0.6  # torchvision's FCOS
 
 Ranking = Literal["class", "class_quality"]
 
@@ -86,6 +85,19 @@ class Detector:
         """Detect objects in a few images, without NMS unless a threshold is given."""
         predictions, batch = self.predict(images)
         return self.select(predictions, batch, nms_threshold=nms_threshold)
+
+    def detect_twice(
+        self, images: Sequence[Tensor], *, nms_threshold: float, precision: torch.dtype = torch.float32
+    ) -> tuple[list[Detection], list[Detection]]:
+        """Predict once; select without and with NMS. Detections are on the CPU."""
+        device = self.device
+        with torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext():
+            predictions, batch = self.predict([image.to(device) for image in images])
+        plain, suppressed = (
+            [on_cpu(d) for d in self.select(predictions, batch, nms_threshold=threshold)]
+            for threshold in (None, nms_threshold)
+        )
+        return plain, suppressed
 
     def select(self, predictions: DensePredictions, batch: Batch, *, nms_threshold: float | None) -> list[Detection]:
         """Select the best detections of every image; ten times as many enter NMS, if a threshold is given."""
@@ -150,7 +162,7 @@ class Found:
 
 @torch.inference_mode()
 def detect(
-    detector: Detector,
+    detector: Detector | OnnxDetector,
     dataset: CocoDataset,
     *,
     limit: int | None = None,
@@ -165,20 +177,17 @@ def detect(
     count = len(dataset) if limit is None else min(limit, len(dataset))
     dealt = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
 
-    # 2. Predict once, select twice.
-    device = detector.device
+    # 2. Predict once, select twice. An exported file has one precision, its own.
     done: list[list[tuple[Detection, Detection, Target]]] = []
     with (
-        evaluation_mode(detector.adapter),
+        evaluation_mode(detector.adapter) if isinstance(detector, Detector) else nullcontext(),
         loaded(dataset, dealt[worker.rank :: worker.count], workers=workers) as batches,
     ):
         for images, targets in batches:
-            with torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext():
-                predictions, batch = detector.predict([image.to(device) for image in images])
-            plain, suppressed = (
-                map(on_cpu, detector.select(predictions, batch, nms_threshold=threshold))
-                for threshold in (None, nms_threshold)
-            )
+            if isinstance(detector, Detector):
+                plain, suppressed = detector.detect_twice(images, nms_threshold=nms_threshold, precision=precision)
+            else:
+                plain, suppressed = detector.detect_twice(images, nms_threshold=nms_threshold)
             done.append(list(zip(plain, suppressed, targets, strict=True)))
 
     # 3. All of them, in the order of the index.
