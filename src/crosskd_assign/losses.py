@@ -12,6 +12,7 @@ from . import functional
 from .distributed import normalizer_over_ranks
 from .errors import IncompatibleDetectorsError
 from .structures import Assignment, DensePredictions, Target
+from .transfer import send
 from .validation import validate_option
 
 __all__ = ["CrossHeadLoss", "OneToOneLoss"]
@@ -68,7 +69,7 @@ class OneToOneLoss:
         """
         # 1. What each matched point is to learn, and how many there are.
         labels, boxes = matched_targets(assignment, targets)
-        count = predictions.boxes.new_tensor(float(len(assignment)), dtype=torch.float32)
+        count = torch.full((), float(len(assignment)), device=predictions.boxes.device)
         normalizer = normalizer_over_ranks(count)
 
         # 2. The terms.
@@ -92,8 +93,8 @@ class OneToOneLoss:
 def box_index(assignment: Assignment, targets: Sequence[Target]) -> Tensor:
     """Number the box of every matched pair through the whole batch, ``(M,)`` int64."""
     device = assignment.image.device
-    counts = torch.tensor([0, *(len(target["boxes"]) for target in targets)], device=device)
-    return counts.cumsum(0)[assignment.image] + assignment.target
+    counts = torch.tensor([0, *(len(target["boxes"]) for target in targets)])
+    return send(counts.cumsum(0), device)[assignment.image] + assignment.target
 
 
 def matched_targets(assignment: Assignment, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from .geometry import (
     boxes_from_sides,
     expected_distance,
 )
+from .transfer import send
 
 __all__ = [
     "Assignment",
@@ -326,7 +327,7 @@ def labelled(predictions: DensePredictions, targets: Sequence[Target | None]) ->
     if len(known) == len(targets):
         return predictions, known
     index = torch.tensor([i for i, target in enumerate(targets) if target is not None], dtype=torch.int64)
-    index = index.to(predictions.logits.device)
+    index = send(index, predictions.logits.device)
 
     def part(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[index]
