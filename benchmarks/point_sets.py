@@ -38,9 +38,8 @@ def _shifted(predictions: DensePredictions) -> Iterator[DensePredictions]:
         yield predictions
 
 
-def point_sets(device: torch.device, runs: int, images: int) -> list[library_cost.Row]:
+def point_sets(device: torch.device, runs: int, images: int) -> Iterator[library_cost.Row]:
     """Time the matching on points that were given by hand: grids, grids with holes, and scattered points."""
-    rows = []
     ours = TaskAwareOneToOneAssigner()
     for boxes, crowd in ((7, False), (20, False), (100, False), (300, True)):
         predictions, targets = library_cost.scene(images, boxes, device, crowd=crowd)
@@ -53,7 +52,7 @@ def point_sets(device: torch.device, runs: int, images: int) -> list[library_cos
             "by hand": partial(ours, by_hand, targets),
             "by hand, new points": lambda new=new, t=targets: ours(next(new), t),  # type: ignore[misc]
         }
-        rows += library_cost.compare(f"grids, {name}", arms, runs, device)
+        yield from library_cost.compare(f"grids, {name}", arms, runs, device)
         for kind, given in sets.items():
             new = _shifted(given)
             arms = {
@@ -61,8 +60,7 @@ def point_sets(device: torch.device, runs: int, images: int) -> list[library_cos
                 "ours, new points": lambda new=new, t=targets: ours(next(new), t),  # type: ignore[misc]
                 "all pairs + scipy (DeFCN)": partial(library_cost.dense_hungarian, given, targets),
             }
-            rows += library_cost.compare(f"{kind}, {name}", arms, runs, device)
-    return rows
+            yield from library_cost.compare(f"{kind}, {name}", arms, runs, device)
 
 
 def main() -> None:
@@ -77,9 +75,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     # 2. Measure and print.
-    rows = point_sets(torch.device(options.device), options.runs, options.images)
-    for row in rows:
-        print(f"{row['case']:38} {row['arm']:28} {row['ms']:9.2f} ms {row['ratio']:8.2f} ×")
+    rows = []
+    for row in point_sets(torch.device(options.device), options.runs, options.images):
+        print(f"{row['case']:38} {row['arm']:28} {row['ms']:9.2f} ms {row['ratio']:8.2f} ×", flush=True)
+        rows.append(row)
 
     # 3. Write them.
     if options.output is not None:
