@@ -158,8 +158,8 @@ class DensePredictions:
         quality: ``(N, A)`` centerness, objectness or IoU logits; None for heads without such a branch.
         distribution: ``(N, A, 4, R)`` logits over R distance bins for each side of the box; None for heads that predict
             the distances themselves.
-        levels: The regular grids that ``points`` were made from. With them candidate points are found by arithmetic;
-            None for point sets that are no grids.
+        levels: The regular grids that ``points`` were made from; None for point sets that are no grids, or were built
+            by hand. With them an accelerator finds candidate points by itself; a CPU recognises grids without.
 
     Example:
         >>> levels = [GridLevel.of(torch.zeros(1, 16, 2, 3), stride=8)]
