@@ -46,8 +46,15 @@ FLOORS = [
     {"__init__"},
 ]
 INSIDE = {
-    "kernels": [{"triton"}, {"chunked"}],
-    "assignment": [{"candidates"}, {"lookup"}, {"matching"}, {"assigner", "one_to_many"}],
+    "kernels": [{"chunked"}],
+    "assignment": [
+        {"begin", "candidates"},
+        {"lattices", "strips"},
+        {"points"},
+        {"lookup"},
+        {"matching"},
+        {"assigner", "one_to_many"},
+    ],
     "detectors": [{"base"}, {"probing", "resizing", "functions", "torchvision"}, {"entry"}],
     "diagnostics": [{"duplicates", "thresholds"}, {"comparisons"}],
     "distillation": [{"schedule", "aligner"}, {"distiller", "inherit"}, {"cross_head"}],
@@ -60,7 +67,7 @@ INSIDE = {
     "testing": [{"report"}, {"examination"}, {"shapes", "inputs", "positions", "robustness", "gradients"}, {"units"}],
 }
 EVERYWHERE = {"torch", "numpy", "scipy", "typing_extensions"}
-ONLY_IN = {"detectors/torchvision.py": {"torchvision"}, "kernels/triton.py": {"triton"}}
+ONLY_IN = {"detectors/torchvision.py": {"torchvision"}}
 # torch has no public name for these.
 PRIVATE_IN_TORCH = {"_apply", "_buffers", "_modules", "_NormBase", "_version"}
 

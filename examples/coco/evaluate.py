@@ -51,12 +51,8 @@ def load_detector(
     given = options.top_k
     if options.model is not None:
         exported = OnnxDetector(options.model, top_k=given)
-        return (
-            exported,
-            exported.category_ids,
-            exported_classes(exported),
-            {**exported.metadata, "model": f"{options.model}"},
-        )
+        described = {"model": str(options.model), **exported.metadata}
+        return exported, exported.category_ids, exported.classes, described
     if options.run is None:
         own, labels = python_detector(options.detector)
         top_k = Detector.top_k if given is None else given

@@ -79,7 +79,7 @@ def channel_statistics(maps: Sequence[Tensor], *, across_ranks: bool) -> list[St
     own = []
     for x in map(at_least_float32, maps):
         variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
-        own.append(Statistics(variance, mean, mean.new_tensor(float(x.numel() // x.shape[1]))))
+        own.append(Statistics(variance, mean, mean.new_full((), float(x.numel() // x.shape[1]))))
     ranks = world_size()
     if ranks == 1 or not across_ranks:
         return own

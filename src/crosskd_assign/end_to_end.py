@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import overload
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from .assignment import TaskAwareOneToOneAssigner
+from .assignment import Assigner, TaskAwareOneToOneAssigner, how_to_begin
 from .auxiliary import AuxiliaryHead
 from .detectors import DetectorAdapter, HeadEntry, PyramidEntry, adapt
 from .errors import DetectorError
@@ -46,7 +48,8 @@ class EndToEndDetector(nn.Module):
     Args:
         model: torchvision's FCOS or RetinaNet, or a `DetectorAdapter`. It is wrapped, not copied: ``detector.model``.
         assigner: Picks the one positive point of each object: `TaskAwareOneToOneAssigner` () by default, or any
-            callable of predictions and targets that returns an `Assignment`.
+            callable of predictions and targets that returns an `Assignment`. If its class defines ``begin`` as well,
+            as that one does, an accelerator works on while the host waits and matches.
         loss: `OneToOneLoss` () by default, or any callable of predictions, targets and assignment that returns a dict.
         auxiliary: A second, one-to-many head on the same features, in training only.
         selection: A branch that sees each score beside its neighbours' and multiplies it, for a detector that was
@@ -73,11 +76,13 @@ class EndToEndDetector(nn.Module):
         7
     """
 
+    _begun: _Begun | None = None  # the pass whose losses have been started
+
     def __init__(
         self,
         model: nn.Module | DetectorAdapter,
         *,
-        assigner: Callable[[DensePredictions, Sequence[Target]], Assignment] | None = None,
+        assigner: Assigner | None = None,
         loss: Callable[[DensePredictions, Sequence[Target], Assignment], dict[str, Tensor]] | None = None,
         auxiliary: AuxiliaryHead | None = None,
         selection: SelectionBranch | None = None,
@@ -197,6 +202,16 @@ class EndToEndDetector(nn.Module):
         """Multiply the scores by those of the selection branch; without one, return the predictions as they are."""
         return predictions if self.selection is None else self.selection(features, predictions)
 
+    def begin(self, run: ForwardPass) -> bool:
+        """Start what `losses` would wait for, on an accelerator and with an assigner that can be begun.
+
+        Returns:
+            Whether something is under way now, so that it pays to queue other work before `losses` is asked for.
+        """
+        waits = run.predictions.boxes.device.type != "cpu" and how_to_begin(self.assigner) is not None
+        self._begun = _Begun.of(run, self.assigner) if waits else None
+        return waits
+
     def losses(self, run: ForwardPass) -> dict[str, Tensor]:
         """Compute the weighted losses of one pass, without images that have no labels.
 
@@ -211,16 +226,20 @@ class EndToEndDetector(nn.Module):
         """
         self.first_look(worst_symptom, run)
         # 1. One positive for each object. By then the sums have arrived with what the assigner waits for.
-        predictions, targets = labelled(run.predictions, run.targets)
-        sums = Transfer(_pixel_sums(run.batch))
-        assignment = self.assigner(predictions, targets)
-        validate_pixels(sums.wait())
+        begun, self._begun = self._begun, None
+        if begun is None or begun.run is not run:
+            begun = _Begun.of(run, self.assigner)
+        assignment = begun.assignment()
+        validate_pixels(begun.sums.wait())
 
         # 2. The losses.
-        losses = self.loss(predictions, targets, assignment)
+        losses = self.loss(begun.predictions, begun.targets, assignment)
         if self.auxiliary is None:
             return losses
         return losses | {f"auxiliary_{name}": loss for name, loss in self.auxiliary(run).items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_begun": None}
 
     def detect(self, predictions: DensePredictions, batch: Batch) -> list[Detection]:
         """Return the ``top_k`` best detections of every image, in the coordinates of the images that came in."""
@@ -237,6 +256,25 @@ class EndToEndDetector(nn.Module):
     def extra_repr(self) -> str:
         text = f"assigner={self.assigner}, loss={self.loss}, top_k={self.top_k}, score_threshold={self.score_threshold}"
         return f"{text}, one_class_per_point={self.one_class_per_point}, classes={self.classes}"
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What the losses of a pass wait for, under way."""
+
+    run: ForwardPass
+    predictions: DensePredictions  # of the images with labels
+    targets: list[Target]
+    sums: Transfer
+    assignment: Callable[[], Assignment]
+
+    @classmethod
+    def of(cls, run: ForwardPass, assigner: Assigner) -> Self:
+        predictions, targets = labelled(run.predictions, run.targets)
+        sums = Transfer(_pixel_sums(run.batch))
+        begin = how_to_begin(assigner)
+        assignment = begin(predictions, targets) if begin else partial(assigner, predictions, targets)
+        return cls(run, predictions, targets, sums, assignment)
 
 
 def _pixel_sums(batch: Batch) -> Tensor:

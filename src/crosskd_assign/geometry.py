@@ -161,7 +161,8 @@ def boxes_from_anchors(anchors: Tensor, offsets: Tensor, weights: Sequence[float
     """
     size = anchors[:, 2:] - anchors[:, :2]  # (A, 2)
     center = anchors[:, :2] + size / 2
-    scaled = offsets / offsets.new_tensor(weights)
+    # Filled where they are: to send them to an accelerator would make the host wait for it.
+    scaled = offsets / torch.stack([offsets.new_full((), weight) for weight in weights])
     center = scaled[..., :2] * size + center
     half = scaled[..., 2:].clamp(max=_LARGEST_LOG_SCALE).exp() * size / 2
     return torch.cat([center - half, center + half], dim=-1)

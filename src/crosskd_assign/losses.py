@@ -12,6 +12,7 @@ from . import functional
 from .distributed import normalizer_over_ranks
 from .errors import IncompatibleDetectorsError, OptionError, TargetError
 from .structures import Assignment, DensePredictions, Target
+from .transfer import send
 from .validation import validate_option
 
 __all__ = ["CrossHeadLoss", "OneToOneLoss"]
@@ -73,7 +74,7 @@ class OneToOneLoss:
         # 1. What each matched point is to learn, and how many there are.
         labels, boxes = matched_targets(assignment, targets)
         logits, labels = of_classes(predictions.logits, labels, self.classes)
-        count = predictions.boxes.new_tensor(float(len(assignment)), dtype=torch.float32)
+        count = torch.full((), float(len(assignment)), device=predictions.boxes.device)
         normalizer = normalizer_over_ranks(count)
 
         # 2. The terms.
@@ -97,8 +98,8 @@ class OneToOneLoss:
 def box_index(assignment: Assignment, targets: Sequence[Target]) -> Tensor:
     """Number the box of every matched pair through the whole batch, ``(M,)`` int64."""
     device = assignment.image.device
-    counts = torch.tensor([0, *(len(target["boxes"]) for target in targets)], device=device)
-    return counts.cumsum(0)[assignment.image] + assignment.target
+    counts = torch.tensor([0, *(len(target["boxes"]) for target in targets)])
+    return send(counts.cumsum(0), device)[assignment.image] + assignment.target
 
 
 def matched_targets(assignment: Assignment, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
@@ -143,7 +144,7 @@ def of_classes(logits: Tensor, labels: Tensor, classes: Sequence[int] | None) ->
             where="classes",
             fix="list labels as targets have them",
         )
-    kept = torch.tensor(classes, device=logits.device)
+    kept = send(torch.tensor(classes), logits.device)
     places = torch.full((logits.shape[-1],), -1, device=logits.device)
     places[kept] = torch.arange(len(classes), device=logits.device)
 

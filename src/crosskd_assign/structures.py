@@ -26,6 +26,7 @@ from .geometry import (
     boxes_from_sides,
     expected_distance,
 )
+from .transfer import send
 
 __all__ = [
     "Assignment",
@@ -157,8 +158,8 @@ class DensePredictions:
         quality: ``(N, A)`` centerness, objectness or IoU logits; None for heads without such a branch.
         distribution: ``(N, A, 4, R)`` logits over R distance bins for each side of the box; None for heads that predict
             the distances themselves.
-        levels: The regular grids that ``points`` were made from. With them candidate points are found by arithmetic;
-            None for point sets that are no grids.
+        levels: The regular grids that ``points`` were made from; None for point sets that are no grids, or were built
+            by hand. With them an accelerator finds candidate points by itself; a CPU recognises grids without.
 
     Example:
         >>> levels = [GridLevel.of(torch.zeros(1, 16, 2, 3), stride=8)]
@@ -326,7 +327,7 @@ def labelled(predictions: DensePredictions, targets: Sequence[Target | None]) ->
     if len(known) == len(targets):
         return predictions, known
     index = torch.tensor([i for i, target in enumerate(targets) if target is not None], dtype=torch.int64)
-    index = index.to(predictions.logits.device)
+    index = send(index, predictions.logits.device)
 
     def part(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[index]

@@ -65,7 +65,7 @@ def worst_symptom(run: ForwardPass) -> CrossKDError | None:
         or symptom_of_targets(run.targets, batch.sizes)
         or symptom_of_logits(predictions.logits)
         or symptom_of_quality(predictions)
-        or symptom_of_levels(predictions)
+        or (None if predictions.points.device.type == "cpu" else symptom_of_levels(predictions))
     )
 
 
@@ -94,7 +94,7 @@ def symptom_of_targets(targets: Sequence[Target | None], sizes: Sequence[tuple[i
         sizes: ``(height, width)`` of the N images that their boxes are of.
     """
     # 1. All boxes that are numbers, and width and height of the images they are of.
-    pairs = [(t["boxes"].detach().double().cpu(), size) for t, size in zip(targets, sizes, strict=True) if t]
+    pairs = [(t["boxes"].detach().cpu().double(), size) for t, size in zip(targets, sizes, strict=True) if t]
     frames = torch.cat([b.new_tensor([w, h, w, h]).expand(len(b), 4) for b, (h, w) in pairs] or [torch.zeros(0, 4)])
     boxes = torch.cat([b for b, _ in pairs] or [torch.zeros(0, 4)])
     finite = boxes.isfinite().all(dim=1)
@@ -195,12 +195,12 @@ def symptom_of_quality(predictions: DensePredictions) -> PredictionError | None:
 
 
 def symptom_of_levels(predictions: DensePredictions) -> PredictionError | None:
-    """Find out whether there are no ``levels``, without which assignment has to search all points."""
+    """Find out whether there are no ``levels``, without which the points of an accelerator are searched on the host."""
     if predictions.levels is not None:
         return None
     return PredictionError(
-        expected="levels, with which the points of a box are found by arithmetic",
-        got="none, which makes assignment 40 to 390 times slower",
+        expected="levels, with which an accelerator finds the points of a box itself",
+        got="none, which makes it wait in every step while the host searches them",
         where="head().levels",
         fix="where points lie on grids, build predictions with DensePredictions.on_grid or a from_… constructor",
     )

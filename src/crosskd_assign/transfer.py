@@ -1,11 +1,11 @@
-"""Transfers from a device to the host that the host does not wait for before it needs them."""
+"""Transfers between the host and a device that neither waits for before it needs them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["Transfer"]
+__all__ = ["Transfer", "send"]
 
 
 class Transfer:
@@ -32,3 +32,15 @@ class Transfer:
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._copy
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Send a tensor from the host to a device, behind the work that is queued there and without waiting for it.
+
+    Example:
+        >>> send(torch.ones(2), torch.device("cpu"))
+        tensor([1., 1.])
+    """
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)  # from other memory torch would wait for the copy

@@ -5,6 +5,7 @@ import torch
 
 from crosskd_assign import TaskAwareOneToOneAssigner
 from crosskd_assign.assignment import lookup
+from crosskd_assign.transfer import Transfer
 from tests.makers.builders import GRIDS, KINDS, random_predictions, random_targets
 
 FIELDS = ("image", "point", "target", "metric", "fallback")
@@ -19,15 +20,17 @@ def test_all_pairs_packed_into_one_transfer_give_the_same_assignment(monkeypatch
     predictions.logits[0, ::7] = torch.nan
     expected = assign(predictions, targets)
     transfers = []
-    pack = lookup._packed
 
-    def packed(*tensors):
-        transfers.append(len(tensors))
-        return pack(*tensors)
+    class Recorded(Transfer):
+        def wait(self) -> torch.Tensor:
+            transfers.append(self)
+            return super().wait()
 
     monkeypatch.setattr(lookup, "_is_host", lambda device: False)
-    monkeypatch.setattr(lookup, "_packed", packed)
-    found = assign(predictions, targets)
+    monkeypatch.setattr(lookup, "Transfer", Recorded)
+    begun = assign.begin(predictions, targets)
+    assert not transfers  # nothing is waited for yet
+    found = begun()
     assert len(transfers) == 1
     assert (found.unmatched, found.non_finite) == (expected.unmatched, expected.non_finite)
     for field in FIELDS:

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import library_cost
+import point_sets
 import pytest
 import torch
+
+from crosskd_assign.assignment.lattices import recognized
 
 SCRIPTS = Path(library_cost.__file__).parent
 
@@ -44,6 +47,15 @@ def test_scenes_hold_what_the_table_says():
     assert sides.max() < 602
 
 
+def test_irregular_points_are_no_grids_and_as_many_as_the_table_says():
+    predictions, _ = library_cost.scene(1, 1, torch.device("cpu"))
+    for kind, share in (("scattered", 1.0), ("holes", 0.9)):
+        given = point_sets.irregular(predictions, kind)
+        assert len(given.points) == given.logits.shape[1] == pytest.approx(share * len(predictions.points), rel=0.01)
+        assert recognized(given.points.double().numpy(), given.strides.double().numpy()) is None
+    assert recognized(predictions.points.double().numpy(), predictions.strides.double().numpy()) is not None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["losses", "postprocessing"])
 def test_figures_are_printed_and_written(tmp_path, part):
@@ -60,7 +72,7 @@ def test_figures_are_printed_and_written(tmp_path, part):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["library_cost", "recipe", "onnx_latency"])
+@pytest.mark.parametrize("name", ["library_cost", "point_sets", "recipe", "onnx_latency"])
 def test_every_script_explains_its_options(name):
     if name == "onnx_latency":
         pytest.importorskip("onnx")

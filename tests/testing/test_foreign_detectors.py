@@ -127,7 +127,7 @@ def test_a_teacher_that_is_sure_of_nothing_is_a_note():
 def test_predictions_without_levels_are_a_note_on_their_price():
     report = check_adapter(foreign.seeded(foreign.RIGHT["built by hand"]), *scene(SIZES[0]))
     assert found(report, "points").outcome == "note"
-    assert "40 to 390 times slower" in found(report, "points").sentence
+    assert "makes it wait in every step" in found(report, "points").sentence
 
 
 def test_a_network_of_one_size_whose_images_all_have_it_is_right():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from typing_extensions import Self
 
 from ..structures import Assignment, DensePredictions, Target
 from ..validation import validate_choice, validate_option
-from .lookup import host_points, look_up, pack, rate
+from .lookup import Candidates, host_points, look_up, pack, rate
 from .matching import fill_left_over, match_exact, match_greedy
 
 __all__ = ["Solver", "TaskAwareOneToOneAssigner"]
@@ -82,7 +83,6 @@ class TaskAwareOneToOneAssigner:
         """Build (0.5, 6). Source: the task-aligned assigner of YOLOv8 and YOLOv10."""
         return cls(0.5, 6.0, center_radius, solver)
 
-    @torch.no_grad()
     def __call__(self, predictions: DensePredictions, targets: Sequence[Target]) -> Assignment:
         """Match the boxes of a batch.
 
@@ -96,10 +96,26 @@ class TaskAwareOneToOneAssigner:
         Raises:
             TargetError: A box is inverted, empty or not finite, or a label has no class channel.
         """
-        # 1. Candidate points of every box, and what is predicted there, on the host.
+        return self.begin(predictions, targets)()
+
+    @torch.no_grad()
+    def begin(self, predictions: DensePredictions, targets: Sequence[Target]) -> Callable[[], Assignment]:
+        """Queue on an accelerator what the matching needs, without waiting for it.
+
+        Arguments as for a call.
+
+        Returns:
+            What waits for it, matches and returns the assignment. Work that is queued before it is called runs while
+            the host waits and matches.
+        """
         if not any(len(target["boxes"]) for target in targets):
-            return Assignment.empty(predictions.boxes.device)
-        candidates = look_up(predictions, targets, self.center_radius)
+            return partial(Assignment.empty, predictions.boxes.device)
+        return partial(self._match, predictions, look_up(predictions, targets, self.center_radius))
+
+    @torch.no_grad()
+    def _match(self, predictions: DensePredictions, looked_up: Callable[[], Candidates]) -> Assignment:
+        # 1. Candidate points of every box, and what is predicted there, on the host.
+        candidates = looked_up()
 
         # 2. Their metric.
         point, metric = rate(candidates, self.alpha, self.beta)  # (B, K)

@@ -22,79 +22,16 @@ from torch import Tensor
 
 from ..structures import GridLevel
 
-__all__ = ["grid_candidates", "grid_pairs", "nearest_free_point", "point_pairs"]
+__all__ = ["Floats", "Ints", "grid_candidates", "nearest_free_point", "spread"]
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 
-def grid_pairs(boxes: Floats, levels: Sequence[GridLevel], radius: float) -> tuple[Ints, Ints]:
-    """List all pairs of a box and a candidate point on regular grids, on the host.
-
-    Args:
-        boxes: ``(B, 4)`` float32, finite.
-        levels: The grids, in the order in which points are numbered.
-        radius: Reach of the prior around the box centre, in strides.
-
-    Returns:
-        ``box (P,)`` and ``point (P,)``, ascending by box, then by point.
-    """
-    # 1. The open rectangle of every box and level.
-    grids = _host_grids(tuple(levels), radius)
-    corners = boxes.astype(np.float64).reshape(-1, 1, 2, 2)  # (B, 1, low or high, x or y)
-    low, high = corners[:, :, 0], corners[:, :, 1]
-    middle = (low + high) / 2
-    low, high = np.maximum(low, middle - grids.reach), np.minimum(high, middle + grids.reach)  # (B, L, 2)
-
-    # 2. The columns and rows whose points lie in it.
-    first = np.clip(np.floor((low - grids.origin) / grids.step), 0, grids.size)
-    last = np.clip(np.ceil((high - grids.origin) / grids.step), -1, grids.size - 1)
-    for _ in range(2):  # one step for the open border, one for points that are rounded to float32
-        first += grids.position(first) <= low
-        last -= grids.position(last) >= high
-    count = np.maximum(last - first + 1, 0).astype(np.int64)  # (B, L, 2)
-
-    # 3. Their indices. A row of the rectangle is a run of consecutive points; with several anchors a cell, a longer
-    # one.
-    run = (count[..., 0] * grids.anchors).ravel()  # (B · L,)
-    pairs = run * count[..., 1].ravel()
-    begin = (grids.start + (first[..., 1] * grids.width + first[..., 0]).astype(np.int64) * grids.anchors).ravel()
-    rectangle = np.repeat(np.arange(len(pairs)), pairs)  # (P,)
-    end = pairs.cumsum()
-    offset = np.arange(len(rectangle)) - (end - pairs)[rectangle]
-    to_next_row = np.tile(grids.width * grids.anchors, len(boxes)) - run
-    point = begin[rectangle] + offset + offset // run[rectangle] * to_next_row[rectangle]
-    return rectangle // len(levels), point
-
-
-@dataclass(frozen=True)
-class _HostGrids:
-    """Constants of L levels."""
-
-    step: Floats  # (L, 2)
-    origin: Floats  # (L, 2)
-    size: Floats  # (L, 2), columns and rows
-    reach: Floats  # (L, 1)
-    width: Ints  # (L,)
-    anchors: Ints  # (L,)
-    start: Ints  # (L,), index of the first point of each level
-
-    def position(self, index: Floats) -> Floats:
-        """Compute positions of points by column and row ``(B, L, 2)``, rounded as `GridLevel.points` rounds them."""
-        return index.astype(np.float32) * self.step.astype(np.float32) + self.origin.astype(np.float32)
-
-
-@lru_cache(maxsize=256)
-def _host_grids(levels: tuple[GridLevel, ...], radius: float) -> _HostGrids:
-    return _HostGrids(
-        step=np.array([level.step for level in levels]),
-        origin=np.array([level.origin for level in levels]),
-        size=np.array([(level.width, level.height) for level in levels], dtype=np.float64),
-        reach=np.array([[radius * level.stride] for level in levels]),
-        width=np.array([level.width for level in levels]),
-        anchors=np.array([level.anchors for level in levels]),
-        start=np.array([0, *accumulate(len(level) for level in levels)][:-1]),
-    )
+def spread(counts: Ints) -> tuple[Ints, Ints]:
+    """Number the members of runs of these lengths: whose member each is, and the how manieth, both ``(Σ counts,)``."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
 
 
 def grid_candidates(boxes: Tensor, levels: Sequence[GridLevel], radius: float) -> tuple[Tensor, Tensor]:
@@ -191,34 +128,6 @@ def _slack(level: GridLevel) -> float:
 def _window(level: GridLevel, radius: float) -> int:
     """Grid points that the prior can hold along an axis; an open interval of length 2 · reach never holds more."""
     return max(1, math.ceil(2 * (radius * level.stride / min(level.step) + _slack(level))))
-
-
-def point_pairs(
-    boxes: Tensor, points: Tensor, strides: Tensor, radius: float, *, chunk: int = 256
-) -> tuple[Tensor, Tensor]:
-    """List the pairs of an arbitrary point set, comparing every box with every point, on their device.
-
-    Args:
-        boxes: ``(B, 4)``.
-        points: ``(A, 2)``.
-        strides: ``(A,)``.
-        radius: Reach of the prior around the box centre, in strides.
-        chunk: Boxes compared at once, which bounds the memory.
-
-    Returns:
-        ``box (P,)`` and ``point (P,)``, ascending by box, then by point.
-    """
-    rows, columns = [], []
-    position, reach = points.double(), radius * strides.double()[:, None]  # (A, 2), (A, 1)
-    for start in range(0, max(1, len(boxes)), chunk):
-        corners = boxes[start : start + chunk, None].double()  # (b, 1, 4)
-        low, high = corners[..., :2], corners[..., 2:]
-        middle = (low + high) / 2
-        inside = (position > torch.maximum(low, middle - reach)) & (position < torch.minimum(high, middle + reach))
-        row, column = inside.all(dim=-1).nonzero(as_tuple=True)
-        rows.append(row + start)
-        columns.append(column)
-    return torch.cat(rows), torch.cat(columns)
 
 
 def nearest_free_point(points: Floats, center: Floats, taken: Ints) -> int:

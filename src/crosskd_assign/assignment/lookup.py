@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..functional import task_aware_metric
-from ..structures import Assignment, DensePredictions, Target
+from ..structures import Assignment, DensePredictions, GridLevel, Target
+from ..transfer import Transfer, send
 from ..validation import validate_target_values
-from .candidates import Floats, Ints, grid_candidates, grid_pairs, point_pairs
+from .candidates import Floats, Ints, grid_candidates
+from .lattices import grid_pairs
+from .points import point_pairs
 
 __all__ = ["Candidates", "host_points", "look_up", "pack", "rate"]
 
@@ -38,24 +42,37 @@ class Candidates:
         return np.argsort(np.lexsort((self.labels, *self.boxes.T[::-1], self.image)))
 
 
-def look_up(predictions: DensePredictions, targets: Sequence[Target], radius: float) -> Candidates:
+def look_up(predictions: DensePredictions, targets: Sequence[Target], radius: float) -> Callable[[], Candidates]:
     """List the candidate points of all boxes and look up what is predicted there.
+
+    On an accelerator, that is queued and sent to the host, which does not wait for it: other work may be queued before
+    the result is asked for.
 
     Args:
         predictions: Predictions of N images.
         targets: N targets with at least one box in all, in pixels of the batch image.
         radius: Reach of the spatial prior around the box centre, in strides.
 
+    Returns:
+        What waits for the candidates and returns them.
+
     Raises:
-        TargetError: A box is inverted, empty or not finite, or a label has no class channel.
+        TargetError: A box is inverted, empty or not finite, or a label has no class channel; here or from the result.
     """
+    # 1. The boxes of the batch.
     counts = [len(target["boxes"]) for target in targets]
-    image = np.repeat(np.arange(len(counts)), counts)  # (B,), known without asking the device
-    target = np.concatenate([np.arange(count) for count in counts])  # (B,)
-    boxes = torch.cat([target["boxes"] for target in targets]).float().detach()
-    labels = torch.cat([target["labels"] for target in targets])
-    look = _on_host if _is_host(predictions.boxes.device) else _on_accelerator
-    return look(predictions, boxes, labels, image, target, radius)
+    boxes = _Boxes(
+        torch.cat([target["boxes"] for target in targets]).float().detach(),
+        torch.cat([target["labels"] for target in targets]),
+        np.repeat(np.arange(len(counts)), counts),  # known without asking the device
+        np.concatenate([np.arange(count) for count in counts]),
+    )
+
+    # 2. The host lists pairs one by one. An accelerator spares it to wait for the boxes, if it can do the arithmetic.
+    device = boxes.corners.device
+    if _is_host(device) or predictions.levels is None or not _has_float64(device):
+        return _listed_on_host(predictions, boxes, radius)
+    return _marked_on_device(predictions, boxes, predictions.levels, radius)
 
 
 def rate(candidates: Candidates, alpha: float, beta: float) -> tuple[Ints, Floats]:
@@ -110,35 +127,65 @@ def pack(
     unmatched: int,
     non_finite: int,
 ) -> Assignment:
-    """Send M matched pairs to a device, in a single transfer."""
-    pairs = torch.from_numpy(np.stack([image, point, target, fallback, metric])).to(device)
-    images, points, targets, is_fallback = pairs[:4].long()
-    return Assignment(images, points, targets, pairs[4].float(), is_fallback.bool(), unmatched, non_finite)
+    """Send M matched pairs to a device, in a single transfer that the host does not wait for."""
+    bits = metric.astype(np.float32).view(np.int32)  # so that one tensor of whole numbers holds them all
+    pairs = send(torch.from_numpy(np.stack([image, point, target, fallback, bits])), device)
+    images, points, targets, is_fallback, values = pairs.unbind()
+    metrics = values.int().view(torch.float32)
+    return Assignment(images, points, targets, metrics, is_fallback.bool(), unmatched, non_finite)
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """The B boxes of a batch."""
+
+    corners: Tensor  # (B, 4) float32
+    labels: Tensor  # (B,)
+    image: Ints  # (B,), image of each
+    target: Ints  # (B,), index of each within its image
+
+    def on_host(self, corners: Floats, labels: Ints, num_classes: int) -> tuple[Floats, Ints, Ints, Ints]:
+        """Validate their values, and return all that is known of them."""
+        validate_target_values(corners, labels, self.image, self.target, num_classes)
+        return corners, labels, self.image, self.target
 
 
 def _is_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _on_host(
-    predictions: DensePredictions, boxes: Tensor, labels: Tensor, image: Ints, target: Ints, radius: float
-) -> Candidates:
-    # 1. Boxes and labels are here already: validate them first.
-    host_boxes, host_labels = boxes.numpy(), labels.numpy()
-    validate_target_values(host_boxes, host_labels, image, target, predictions.num_classes)
+@cache
+def _has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; Apple's GPUs do not."""
+    try:
+        torch.ones(1, device=device).double().add(1)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def _listed_on_host(predictions: DensePredictions, boxes: _Boxes, radius: float) -> Callable[[], Candidates]:
+    # 1. Boxes and labels are here already, or are waited for: validate them first.
+    corners, labels = boxes.corners.cpu().numpy(), boxes.labels.cpu().numpy()
+    known = boxes.on_host(corners, labels, predictions.num_classes)
 
     # 2. The pairs, one by one.
     if predictions.levels is not None:
-        box, point = grid_pairs(host_boxes, predictions.levels, radius)
+        box, point = grid_pairs(corners, predictions.levels, radius)
     else:
-        pairs = point_pairs(boxes, predictions.points, predictions.strides, radius)
-        box, point = (x.numpy() for x in pairs)
+        box, point = point_pairs(corners, predictions.points.cpu(), predictions.strides.cpu(), radius)
+    image, channel = boxes.image.take(box), labels.take(box)
 
     # 3. What is predicted there.
-    place = image.take(box) * len(predictions.points) + point
-    logits = _taken(predictions.logits.flatten(0, 1), place, host_labels.take(box))
-    predicted = _taken(predictions.boxes.flatten(0, 1), place)
-    return Candidates(host_boxes, host_labels, image, target, box, point, logits, predicted)
+    device = predictions.boxes.device
+    if _is_host(device):
+        place = image * len(predictions.points) + point
+        logits = _taken(predictions.logits.flatten(0, 1), place, channel)
+        predicted = _taken(predictions.boxes.flatten(0, 1), place)
+        return lambda: Candidates(*known, box, point, logits, predicted)
+    n, p, c = send(torch.from_numpy(np.stack([image, point, channel])), device)
+    sent = _sent(predictions.logits[n, p, c].float(), predictions.boxes[n, p].float())
+    return lambda: Candidates(*known, box, point, *sent())
 
 
 def _taken(table: Tensor, row: Ints, column: Ints | None = None) -> Floats:
@@ -153,48 +200,43 @@ def _taken(table: Tensor, row: Ints, column: Ints | None = None) -> Floats:
     return np.asarray(found, dtype=np.float32)
 
 
-def _on_accelerator(
-    predictions: DensePredictions, boxes: Tensor, labels: Tensor, image: Ints, target: Ints, radius: float
-) -> Candidates:
+def _marked_on_device(
+    predictions: DensePredictions, boxes: _Boxes, levels: Sequence[GridLevel], radius: float
+) -> Callable[[], Candidates]:
     # 1. A window of points for each box, some of them outside the prior.
-    n = torch.from_numpy(image).to(boxes.device)  # (B,)
-    if predictions.levels is not None:
-        point, valid = grid_candidates(boxes, predictions.levels, radius)  # (B, K)
-        row = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(point)
-    else:
-        row, point = point_pairs(boxes, predictions.points, predictions.strides, radius)  # (P,)
-        valid = torch.ones_like(row, dtype=torch.bool)
+    corners, labels = boxes.corners, boxes.labels.long()
+    n = send(torch.from_numpy(boxes.image), corners.device)[:, None]  # (B, 1)
+    point, valid = grid_candidates(corners, levels, radius)  # (B, K)
 
     # 2. What is predicted there. Labels are validated on the host; until then an index must not run out of bounds.
-    channel = labels.clamp(0, predictions.num_classes - 1)
-    logits = predictions.logits[n[row], point, channel[row]].float()
-    predicted = predictions.boxes[n[row], point].float()
+    channel = labels.clamp(0, predictions.num_classes - 1)[:, None]
+    logits = predictions.logits[n, point, channel].float()
+    predicted = predictions.boxes[n, point].float()
 
     # 3. One transfer. To list the valid pairs would take another; so all go, the others marked.
-    box = torch.where(valid, row, -1)
-    at_host = _packed(labels.long(), boxes, box.int(), point.int(), logits, predicted)
-    host_labels, host_boxes, host_box, host_point, host_logits, host_predicted = at_host
+    marked = torch.where(valid, point, -1).int()
+    sent = _sent(labels, corners, marked, logits, predicted)
 
-    # 4. On the host: validate, and drop what is marked.
-    validate_target_values(host_boxes, host_labels, image, target, predictions.num_classes)
-    keep = np.flatnonzero(host_box >= 0)
-    return Candidates(
-        host_boxes,
-        host_labels,
-        image,
-        target,
-        host_box.take(keep).astype(np.int64),
-        host_point.take(keep).astype(np.int64),
-        host_logits.take(keep),
-        host_predicted.reshape(-1, 4).take(keep, axis=0),
-    )
+    def candidates() -> Candidates:
+        host_labels, host_corners, host_point, host_logits, host_predicted = sent()
+        known = boxes.on_host(host_corners, host_labels, predictions.num_classes)
+        box, place = np.nonzero(host_point >= 0)
+        point = host_point[box, place].astype(np.int64)
+        return Candidates(*known, box, point, host_logits[box, place], host_predicted[box, place])
+
+    return candidates
 
 
 _NUMPY = {torch.float32: np.float32, torch.int32: np.int32, torch.int64: np.int64}
 
 
-def _packed(*tensors: Tensor) -> list[NDArray[Any]]:
-    """Tensors of four or eight bytes an element on the host, bit by bit in a single transfer."""
+def _sent(*tensors: Tensor) -> Callable[[], list[NDArray[Any]]]:
+    """Send tensors of four or eight bytes an element to the host, bit by bit in a single transfer."""
     words = [x.contiguous().view(torch.int32).flatten() for x in tensors]
-    parts = torch.split(torch.cat(words).cpu(), [len(x) for x in words])
-    return [p.numpy().view(_NUMPY[x.dtype]).reshape(x.shape) for p, x in zip(parts, tensors, strict=True)]
+    transfer = Transfer(torch.cat(words))
+
+    def arrived() -> list[NDArray[Any]]:
+        parts = torch.split(transfer.wait(), [len(x) for x in words])
+        return [p.numpy().view(_NUMPY[x.dtype]).reshape(x.shape) for p, x in zip(parts, tensors, strict=True)]
+
+    return arrived

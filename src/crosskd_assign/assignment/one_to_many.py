@@ -69,7 +69,7 @@ class TaskAwareOneToManyAssigner:
         # 1. Candidate points of every box, and their metric, on the host.
         if not any(len(target["boxes"]) for target in targets):
             return Assignment.empty(predictions.boxes.device)
-        candidates = look_up(predictions, targets, self.center_radius)
+        candidates = look_up(predictions, targets, self.center_radius)()
         point, metric = rate(candidates, self.alpha, self.beta)  # (B, K)
         finite = np.nan_to_num(metric, nan=-1.0)
 

@@ -190,8 +190,12 @@ class Distiller(nn.Module, ABC):
         if self.teacher.training:  # asked before the student runs: its batch norm would count a batch that is refused
             self.teacher.eval()
         run = self.detector.run(images, targets, self.student_entry)
-        losses = self.detector.losses(run)
-        distilled = self.distill(run)
+        if self.detector.begin(run):  # an accelerator works on the teacher while the host waits and matches
+            distilled = self.distill(run)
+            losses = self.detector.losses(run)
+        else:
+            losses = self.detector.losses(run)
+            distilled = self.distill(run)
         _validate_losses(distilled, f"{type(self).__name__}.distill()")
         return losses | {f"distill_{name}": self.distillation_weight * loss for name, loss in distilled.items()}
 

@@ -1,4 +1,4 @@
-"""Dense class sums without autograd's intermediate tensors: chunked on any device, in Triton on GPUs."""
+"""Dense class sums without autograd's intermediate tensors."""
 
 from __future__ import annotations
 

@@ -2,18 +2,13 @@
 
 The dense classification terms touch N · A · C values, 28 million for a COCO batch, through half a dozen elementwise
 operations. Composed, each of these writes a tensor of that size and autograd keeps five of them. Here loss and
-derivative are computed together and only the derivative is kept: on a GPU by a kernel of `kernels/triton.py`, elsewhere
-in chunks that stay in the processor's cache.
+derivative are computed together, in chunks that stay in the processor's cache, and only the derivative is kept.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from collections.abc import Callable
-from functools import cache
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,19 +24,12 @@ _CHUNK = {"cpu": 2**16, "other": 2**22}
 
 # Takes flat logits (and further tensors of their shape); returns the sum of the loss and, if wanted, its derivative.
 _Terms = Callable[..., tuple[Tensor, Tensor | None]]
-_Kernel = Literal["quality_focal", "background_focal"]
 
 
 class _FusedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, terms: _Terms, kernel: _Kernel, gamma: float, z: Tensor, *others: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[3]
-        kernels = _kernels(z)
-        if kernels is None:
-            total, derivative = _in_chunks(terms, z, others, wanted)
-        else:
-            logits = [x.contiguous() for x in (z, *others)]
-            total, derivative = getattr(kernels, kernel)(*logits, gamma=gamma, wanted=wanted)
+    def forward(ctx: Any, terms: _Terms, z: Tensor, *others: Tensor) -> Tensor:
+        total, derivative = _in_chunks(terms, z, others, ctx.needs_input_grad[1])
         if derivative is not None:
             ctx.save_for_backward(derivative.view(z.shape))
         ctx.others = len(others)
@@ -51,13 +39,9 @@ class _FusedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (derivative,) = ctx.saved_tensors
-        kernels = _kernels(derivative)
-        if kernels is None:
-            # In full precision first: a loss scale alone may be beyond float16.
-            scaled = (at_least_float32(derivative) * gradient).to(derivative.dtype)
-        else:
-            scaled = kernels.scaled(derivative, gradient)
-        return (None, None, None, scaled, *(None,) * ctx.others)
+        # In full precision first: a loss scale alone may be beyond float16.
+        scaled = (at_least_float32(derivative) * gradient).to(derivative.dtype)
+        return (None, scaled, *(None,) * ctx.others)
 
 
 def _in_chunks(terms: _Terms, z: Tensor, others: tuple[Tensor, ...], wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -74,38 +58,10 @@ def _in_chunks(terms: _Terms, z: Tensor, others: tuple[Tensor, ...], wanted: boo
     return total, derivative
 
 
-def _kernels(z: Tensor) -> ModuleType | None:
-    """The kernels for these logits, or None."""
-    fit = z.is_cuda and z.numel() > 0 and z.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return _working_kernels(z.device, z.dtype) if fit else None
-
-
-@cache
-def _working_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The kernels, tried once: compiling them takes Triton, a C compiler and a GPU that is not too old."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        from . import triton as kernels  # noqa: PLC0415  # Triton is not everywhere
-
-        z = torch.zeros(1, device=device, dtype=dtype)
-        kernels.quality_focal(z, z, gamma=1, wanted=True)
-        total, _ = kernels.background_focal(z, gamma=2, wanted=True)
-        kernels.scaled(z, total)
-    except Exception as error:  # any failure: fall back to the chunked path
-        warnings.warn(
-            f"Expected Triton to compile the kernels for {device}, but got {type(error).__name__}: {error} "
-            "(crosskd_assign.kernels). The losses go on without them, slower. Fix: install a C compiler.",
-            stacklevel=2,
-        )
-        return None
-    return kernels
-
-
-def _sum(terms: _Terms, kernel: _Kernel, gamma: float, z: Tensor, *others: Tensor) -> Tensor:
+def _sum(terms: _Terms, z: Tensor, *others: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler fuses by itself, and would unroll the chunks
         return terms(*(at_least_float32(x).flatten() for x in (z, *others)), False)[0]
-    total: Tensor = _FusedSum.apply(terms, kernel, gamma, z, *others)
+    total: Tensor = _FusedSum.apply(terms, z, *others)
     return total
 
 
@@ -144,7 +100,7 @@ def quality_focal_sum(z: Tensor, teacher: Tensor, gamma: float) -> Tensor:
             slope.mul_(gamma * distance ** (gamma - 1))
         return loss, slope.addcmul_(weight, distance).mul_(difference.sign_())
 
-    return _sum(terms, "quality_focal", gamma, z, teacher.detach())
+    return _sum(terms, z, teacher.detach())
 
 
 def background_focal_sum(z: Tensor, gamma: float) -> Tensor:
@@ -159,4 +115,4 @@ def background_focal_sum(z: Tensor, gamma: float) -> Tensor:
         # d/dz of pᵞ E is pᵞ (γ (1 − p) E + p).
         return loss, entropy.mul_(1 - p).mul_(gamma).add_(p).mul_(weight)
 
-    return _sum(terms, "background_focal", gamma, z)
+    return _sum(terms, z)
