@@ -234,9 +234,8 @@ class EndToEndDetector(nn.Module):
 
         # 2. The losses.
         losses = self.loss(begun.predictions, begun.targets, assignment)
-        if self.auxiliary is None:
-            return losses
-        return losses | {f"auxiliary_{name}": loss for name, loss in self.auxiliary(run).items()}
+        others = {} if self.auxiliary is None else self.auxiliary(run)
+        return losses | {f"auxiliary_{name}": loss for name, loss in others.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_begun": None}
@@ -254,8 +253,8 @@ class EndToEndDetector(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        text = f"assigner={self.assigner}, loss={self.loss}, top_k={self.top_k}, score_threshold={self.score_threshold}"
-        return f"{text}, one_class_per_point={self.one_class_per_point}, classes={self.classes}"
+        names = ("assigner", "loss", "top_k", "score_threshold", "one_class_per_point", "classes")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 @dataclass(frozen=True)
