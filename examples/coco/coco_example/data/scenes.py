@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from coco_example.data.crowds import sample_groups, validate_overlap
+from coco_example.data.folder import Picture, write_coco_folder
 from coco_example.data.painting import (
     SHAPES,
     Array,
@@ -142,7 +141,7 @@ def write_scenes(
     Raises:
         DataError: If ``root`` holds something else, or an argument is out of range.
     """
-    # 1. Check the arguments, and whether the scenes are there.
+    # 1. Check the arguments.
     knob = {} if overlap is None else {"overlap": [float(bound) for bound in overlap]}
     wanted = json.dumps({"train": train, "val": val, "size": size, "seed": seed, "version": _VERSION, **knob})
     if min(train, val, seed) < 0 or size < 32:
@@ -150,63 +149,21 @@ def write_scenes(
         raise DataError(expected=expected, got=wanted, where="write_scenes", fix="raise the numbers")
     if overlap is not None:
         validate_overlap(overlap, "write_scenes")
-    if _complete(root, wanted):
-        return root
-    # 2. Draw them beside their place, and move them there in one piece.
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as folder:
-        draft = Path(folder, root.name)
-        (draft / "annotations").mkdir(parents=True)
-        for number, (split, count) in enumerate({"train": train, "val": val}.items()):
-            (draft / split).mkdir()
-            document = _write_split(draft / split, (seed, number), count, size, overlap)
-            (draft / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
-        (draft / "scenes.json").write_text(wanted)
-        try:
-            draft.rename(root)
-        except OSError:  # another process may have been faster, with the same scenes
-            if not _complete(root, wanted):
-                raise
-    return root
+    # 2. Draw them.
+    splits = {
+        split: _pictures((seed, number), count, size, overlap)
+        for number, (split, count) in enumerate({"train": train, "val": val}.items())
+    }
+    return write_coco_folder(root, "scenes.json", wanted, splits, SHAPES)
 
 
-def _complete(root: Path, wanted: str) -> bool:
-    """Return True if these scenes are there, False if nothing is; raise if it is anything else."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    file = root / "scenes.json"
-    found = file.read_text(errors="replace") if file.is_file() else "something else"
-    if found != wanted:
-        raise DataError(
-            expected=f"nothing, or scenes drawn with {wanted}",
-            got=found,
-            where=str(root),
-            fix="name another folder, or remove this one",
-        )
-    return True
-
-
-def _write_split(
-    folder: Path, seed: tuple[int, int], count: int, size: int, overlap: tuple[float, float] | None
-) -> dict[str, Any]:
-    """Write the pictures of a split and return its COCO instances."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+def _pictures(seed: tuple[int, int], count: int, size: int, overlap: tuple[float, float] | None) -> Iterator[Picture]:
+    """Draw the pictures of a split one by one, with the category and box of each object."""
     for k in range(count):
-        # 1. Draw picture k.
         rng = np.random.default_rng((*seed, k))
         scene = sample_scene(rng, size) if overlap is None else sample_crowd(rng, size, overlap)
-        images.append({"id": k + 1, "file_name": f"{k:06d}.png", "width": size, "height": size})
-        render(scene).save(folder / f"{k:06d}.png", compress_level=1)  # noise hardly gets smaller, only slower
-        # 2. List the boxes of its objects.
-        for layer in scene.layers:
-            if layer.shape is not None:
-                x1, y1, x2, y2 = (round(value, 2) for value in layer.box)
-                box = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
-                entry = {"id": len(annotations) + 1, "image_id": k + 1, "category_id": SHAPES.index(layer.shape) + 1}
-                annotations.append({**entry, "bbox": box, "area": round(box[2] * box[3], 4), "iscrowd": 0})
-    categories = [{"id": number, "name": name} for number, name in enumerate(SHAPES, start=1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+        objects = [(SHAPES.index(layer.shape) + 1, layer.box) for layer in scene.layers if layer.shape is not None]
+        yield render(scene), objects
 
 
 def main() -> None:
