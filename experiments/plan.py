@@ -215,6 +215,9 @@ SETS = {
     "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
     "highway": Protocol(25, {**_SMALL, "size": 192}, shared=_LARGE_TEACHERS),
     "hit_uav": Protocol(12, {**_SMALL, "size": 256}, shared=_LARGE_TEACHERS),
+    # Crowds with a chosen overlap, of which `made.py` makes pictures: all overlaps mixed. `overlap.py` scores them.
+    "overlap_scenes": Protocol(8, _SCENES, shared=_LARGE_TEACHERS),
+    "overlap_cells": Protocol(12, _SCENES, shared=_LARGE_TEACHERS),
     "coco_person": Protocol(
         8,
         {**_SMALL, **_MOBILENET, **_PERSON, "size": 256, "channels": 96},
@@ -474,6 +477,17 @@ STUDIES = {
         "convert-frozen",
         "one-to-many-further-25pc",
         "one-to-many-further",
+    ),
+    # Where NMS must fail; `overlap.py` scores the runs on crowds of one overlap each.
+    "overlap": (
+        "one-to-many",
+        "one-to-many-2x",
+        "one-to-one-inherit",
+        "convert-undistilled-unselected",
+        "convert-undistilled",
+        "convert",
+        "cross-head-large-inherit-decay-features",
+        "cross-head-large-inherit-decay-features-selection",
     ),
     "longer": (
         "one-to-many-2x",

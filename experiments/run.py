@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "examples" / "coco"
 sys.path.insert(0, str(SCRIPTS))
 
-from coco_example.data.scenes import write_scenes  # noqa: E402  # found by the path above
+from made import make  # noqa: E402  # what it imports is found by the path above
 
 RESULTS = ROOT / "experiments" / "runs.jsonl"
 HELD_OUT = 0.25  # share of the training images that --split tune scores on
@@ -247,7 +247,7 @@ class Runner:
         """Return the data set's folder; of the split "tune", one that holds out training images for validation."""
         with self.lock:
             name = SETS[run.data].folder or run.data
-            source = write_scenes(self.work / "data" / name) if name == "demo" else self.data_root / name
+            source = make(name, self.data_root, self.work)
             if run.split == "final":
                 return source
             folder = self.work / "data" / f"{name}-held-out"
