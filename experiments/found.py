@@ -1,0 +1,106 @@
+"""Soft-NMS, and which objects a detector found: one detection finds one object, however many it overlaps.
+
+D is the number of detections of an image, G that of its objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crosskd_assign.geometry import iou
+from crosskd_assign.structures import Detection, Target
+
+__all__ = ["Decay", "Matches", "match", "soft_nms"]
+
+Decay = Literal["gaussian", "linear"]
+
+_SIGMA = 0.5  # of the gaussian decay, and
+_FREE = 0.3  # IoU up to which the linear one takes nothing: as the paper has them
+
+
+def soft_nms(detection: Detection, decay: Decay = "gaussian", *, top_k: int = 100) -> Detection:
+    """Lower the scores of detections that overlap better ones of their class (Soft-NMS); return the best, best first.
+
+    The gaussian decay multiplies by exp(−IoU² / 0.5), the linear one by 1 − IoU above an IoU of 0.3.
+
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [50, 0, 60, 10]])
+        >>> found = Detection(boxes=boxes, scores=torch.tensor([0.9, 0.8, 0.7]), labels=torch.tensor([1, 1, 1]))
+        >>> soft_nms(found, "linear")["scores"]
+        tensor([0.9000, 0.7000, 0.5333])
+    """
+    # 1. By what each detection, once chosen, multiplies the scores of the others, (D, D).
+    boxes, labels, scores = detection["boxes"].float(), detection["labels"], detection["scores"].clone()
+    overlap = iou(boxes[:, None], boxes[None]) * (labels[:, None] == labels[None])
+    factor = (-overlap.square() / _SIGMA).exp() if decay == "gaussian" else torch.where(overlap > _FREE, 1 - overlap, 1)
+    # 2. Choose the best one that is left, again and again.
+    chosen, lowered = list[int](), list[float]()
+    for _ in range(min(top_k, len(scores))):
+        best = int(scores.argmax())
+        chosen.append(best)
+        lowered.append(float(scores[best]))
+        scores *= factor[best]
+        scores[best] = -1  # and stays below all others
+    index = torch.tensor(chosen, dtype=torch.int64)
+    kept = torch.tensor(lowered, dtype=detection["scores"].dtype)
+    return {"boxes": detection["boxes"][index], "scores": kept, "labels": labels[index]}
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What became of the detections and objects of many images.
+
+    Attributes:
+        scores: Scores of all detections, descending, (D,).
+        correct: Whether each found an object, (D,).
+        objects: Objects that there were to find.
+    """
+
+    scores: Tensor
+    correct: Tensor
+    objects: int
+
+    def threshold(self) -> float:
+        """Return the score from which on detections have the best F1."""
+        if not len(self.scores):
+            return 0.0
+        found = self.correct.cumsum(0)
+        f1 = 2 * found / (torch.arange(1, len(found) + 1) + self.objects)
+        # Detections of one score are kept or dropped together.
+        last = torch.cat([self.scores[1:] < self.scores[:-1], torch.ones(1, dtype=torch.bool)])
+        return float(self.scores[f1.where(last, -1.0).argmax()])
+
+    def found(self, threshold: float = 0.0) -> int:
+        """Count the objects that a detection of at least this score found; all others are lost."""
+        return int((self.correct & (self.scores >= threshold)).sum())
+
+    def reported(self, threshold: float = 0.0) -> int:
+        """Count the detections of at least this score."""
+        return int((self.scores >= threshold).sum())
+
+
+def match(detections: Sequence[Detection], targets: Sequence[Target], *, iou_threshold: float = 0.5) -> Matches:
+    """Match detections to objects as COCO does: best first, each to the free object of its class that it overlaps most.
+
+    Leaving out detections below a score changes nothing for those above it.
+    """
+    scores, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    for detection, target in zip(detections, targets, strict=True):
+        order = detection["scores"].argsort(descending=True, stable=True)
+        overlap = iou(detection["boxes"][order, None].float(), target["boxes"][None].float())  # (D, G)
+        overlap = overlap.masked_fill(detection["labels"][order, None] != target["labels"][None], 0)
+        right = torch.zeros(len(order), dtype=torch.bool)
+        for d in (overlap >= iou_threshold).any(dim=1).nonzero()[:, 0].tolist():
+            best = int(overlap[d].argmax())
+            if overlap[d, best] >= iou_threshold:
+                right[d] = True
+                overlap[:, best] = 0  # found
+        scores.append(detection["scores"][order].float())
+        correct.append(right)
+    order = torch.cat(scores).argsort(descending=True, stable=True)
+    return Matches(torch.cat(scores)[order], torch.cat(correct)[order], sum(len(t["boxes"]) for t in targets))
