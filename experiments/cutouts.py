@@ -44,8 +44,8 @@ def write_cutouts(
 ) -> Path:
     """Paste cells into a COCO folder, unless they are there already.
 
-    Boxes enclose the whole of a cell, in whole pixels, which moves an IoU by about 0.02. Picture k of a split depends on
-    ``source``, ``seed``, ``size`` and k alone.
+    Boxes enclose the whole of a cell, in whole pixels, which moves an IoU by about 0.02. Picture k of a split depends
+    on ``source``, ``seed``, ``size``, ``overlap`` and k alone.
 
     Args:
         source: The cells, a COCO folder: ``bccd``.
