@@ -1,4 +1,4 @@
-"""Soft-NMS, and which objects a detector found: one detection finds one object, however many it overlaps.
+"""What a detector found: its detections, Soft-NMS, and objects: one detection finds one, however many it overlaps.
 
 D is the number of detections of an image, G that of its objects.
 """
@@ -10,15 +10,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from coco_example.data.dataset import CocoDataset
+from coco_example.data.reader import CocoIndex
+from coco_example.evaluation.evaluation import Detector
 from torch import Tensor
 
 from crosskd_assign.geometry import iou
+from crosskd_assign.postprocessing import one_to_many_detections
 from crosskd_assign.structures import Detection, Target
 
-__all__ = ["Decay", "Matches", "match", "soft_nms"]
+__all__ = ["Decay", "Matches", "detected", "match", "soft_nms", "targets_of"]
 
 Decay = Literal["gaussian", "linear"]
 
+_CANDIDATES = 1000  # of an image, which NMS chooses from
 _SIGMA = 0.5  # of the gaussian decay, and
 _FREE = 0.3  # IoU up to which the linear one takes nothing: as the paper has them
 
@@ -49,6 +54,22 @@ def soft_nms(detection: Detection, decay: Decay = "gaussian", *, top_k: int = 10
     index = torch.tensor(chosen, dtype=torch.int64)
     kept = torch.tensor(lowered, dtype=detection["scores"].dtype)
     return {"boxes": detection["boxes"][index], "scores": kept, "labels": labels[index]}
+
+
+@torch.inference_mode()
+def detected(detector: Detector, index: CocoIndex) -> list[Detection]:
+    """Detect in all images of an index, without a selection but that of the best candidates."""
+    dataset, found = CocoDataset(index), list[Detection]()
+    for first in range(0, len(dataset), 25):
+        pictures = [dataset[k][0] for k in range(first, min(first + 25, len(dataset)))]
+        predictions, batch = detector.predict(pictures)
+        found += one_to_many_detections(detector.adapter, predictions, batch, nms_threshold=None, top_k=_CANDIDATES)
+    return found
+
+
+def targets_of(index: CocoIndex) -> list[Target]:
+    """List the objects of the images of an index."""
+    return [{"boxes": record.boxes, "labels": record.labels} for record in index.records]
 
 
 @dataclass(frozen=True)

@@ -21,23 +21,22 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from found import match, soft_nms
 from plan import SETS, STUDIES, Run, planned, variant
 from run import ROOT  # whose import finds coco_example
 
 # isort: split
-from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
 from coco_example.data.reader import CocoIndex, read_coco
 from coco_example.evaluation.coco_metrics import coco_evaluate, coco_results
 from coco_example.evaluation.evaluation import Detector, Ranking
 from coco_example.models.saved_model import load_model
+from found import detected, match, soft_nms, targets_of
 from made import OVERLAPS, make, make_crowds
 from tables import markdown
 
 from crosskd_assign import adapt
-from crosskd_assign.postprocessing import one_to_many_detections, suppress
-from crosskd_assign.structures import Detection, Target
+from crosskd_assign.postprocessing import suppress
+from crosskd_assign.structures import Detection
 
 mpl.use("agg")
 
@@ -48,7 +47,7 @@ Selection = Callable[[Detection], Detection]
 
 LINES = ROOT / "experiments" / "overlap.jsonl"
 IMAGES = ROOT / "docs" / "images"
-CANDIDATES, TOP_K = 1000, 100
+TOP_K = 100
 NMS_THRESHOLDS = (0.5, 0.6, 0.7)
 SCORES = {"ap": "AP", "recall100": "recall of 100 detections", "recall": "recall above the threshold"}
 PERFECT = "perfect detections"
@@ -137,22 +136,6 @@ def scored(run: Run, folder: Path, images: Mapping[str, CocoIndex]) -> Iterator[
                 "threshold": round(threshold, 5),
                 "scores": {overlap: scores(found[overlap], images[overlap], threshold) for overlap in images},
             }
-
-
-@torch.inference_mode()
-def detected(detector: Detector, index: CocoIndex) -> list[Detection]:
-    """Detect in all images of an index, without a selection but that of the best candidates."""
-    dataset, found = CocoDataset(index), list[Detection]()
-    for first in range(0, len(dataset), 25):
-        pictures = [dataset[k][0] for k in range(first, min(first + 25, len(dataset)))]
-        predictions, batch = detector.predict(pictures)
-        found += one_to_many_detections(detector.adapter, predictions, batch, nms_threshold=None, top_k=CANDIDATES)
-    return found
-
-
-def targets_of(index: CocoIndex) -> list[Target]:
-    """List the objects of the images of an index."""
-    return [{"boxes": record.boxes, "labels": record.labels} for record in index.records]
 
 
 def scores(detections: Sequence[Detection], index: CocoIndex, threshold: float) -> dict[str, float]:
