@@ -39,17 +39,19 @@ def soft_nms(detection: Detection, decay: Decay = "gaussian", *, top_k: int = 10
         >>> soft_nms(found, "linear")["scores"]
         tensor([0.9000, 0.7000, 0.5333])
     """
-    # 1. By what each detection, once chosen, multiplies the scores of the others, (D, D).
     boxes, labels, scores = detection["boxes"].float(), detection["labels"], detection["scores"].clone()
-    overlap = iou(boxes[:, None], boxes[None]) * (labels[:, None] == labels[None])
-    factor = (-overlap.square() / _SIGMA).exp() if decay == "gaussian" else torch.where(overlap > _FREE, 1 - overlap, 1)
-    # 2. Choose the best one that is left, again and again.
     chosen, lowered = list[int](), list[float]()
     for _ in range(min(top_k, len(scores))):
+        # 1. Choose the best one that is left.
         best = int(scores.argmax())
         chosen.append(best)
         lowered.append(float(scores[best]))
-        scores *= factor[best]
+        # 2. Lower the scores of those of its class that it overlaps, (D,).
+        overlap = iou(boxes[best], boxes) * (labels == labels[best])
+        if decay == "gaussian":
+            scores *= (-overlap.square() / _SIGMA).exp()
+        else:
+            scores *= torch.where(overlap > _FREE, 1 - overlap, 1)
         scores[best] = -1  # and stays below all others
     index = torch.tensor(chosen, dtype=torch.int64)
     kept = torch.tensor(lowered, dtype=detection["scores"].dtype)
@@ -114,13 +116,17 @@ def match(detections: Sequence[Detection], targets: Sequence[Target], *, iou_thr
     for detection, target in zip(detections, targets, strict=True):
         order = detection["scores"].argsort(descending=True, stable=True)
         overlap = iou(detection["boxes"][order, None].float(), target["boxes"][None].float())  # (D, G)
-        overlap = overlap.masked_fill(detection["labels"][order, None] != target["labels"][None], 0)
-        right = torch.zeros(len(order), dtype=torch.bool)
-        for d in (overlap >= iou_threshold).any(dim=1).nonzero()[:, 0].tolist():
-            best = int(overlap[d].argmax())
-            if overlap[d, best] >= iou_threshold:
-                right[d] = True
-                overlap[:, best] = 0  # found
+        able = (overlap >= iou_threshold) & (detection["labels"][order, None] == target["labels"][None])
+        free, right = set(range(len(target["boxes"]))), torch.zeros(len(order), dtype=torch.bool)
+        rows: dict[int, list[tuple[float, int]]] = {}  # what each detection may find, best first
+        for d, g in able.nonzero().tolist():
+            rows.setdefault(d, []).append((-float(overlap[d, g]), g))
+        for d, row in rows.items():
+            for _, g in sorted(row):
+                if g in free:
+                    free.remove(g)
+                    right[d] = True
+                    break
         scores.append(detection["scores"][order].float())
         correct.append(right)
     order = torch.cat(scores).argsort(descending=True, stable=True)
