@@ -4,14 +4,15 @@ python experiments/run.py --data-root ../shared/data --sets overlap_scenes overl
 python experiments/overlap.py --data-root ../shared/data
 
 One-to-many runs are scored with NMS at three thresholds and with Soft-NMS, ranked by class · centerness and by class
-alone; the others as they are. Each line of ``experiments/overlap.jsonl`` is one run, selected in one way; runs that
-have lines are not scored again. Objects are found by detections with a score above that of the best F1 on images that
-mix all overlaps, one object by one detection; the others are lost.
+alone; the others as they are. Each line of ``experiments/overlap.jsonl`` is one run, ranked and selected in one way;
+those that are there are not made again. Objects are found by detections with a score above that of the best F1 on
+images that mix all overlaps, one object by one detection; the others are lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -69,22 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = options.lines.read_text(encoding="utf-8") if options.lines.exists() else ""
     lines: list[Line] = [json.loads(line) for line in text.splitlines()]
 
-    # 2. Score the runs that are finished and have none.
+    # 2. Score the runs that are finished; each line is there as soon as it is known.
+    done = {(line["run"], line["data"], line.get("ranking"), line["selection"]) for line in lines}
     for data in options.sets:
         images: dict[str, CocoIndex] = {}
         runs = (run for name in options.study for run in planned(name, [data], "final", options.seeds))
         for run in dict.fromkeys(runs):
             folder = options.work / run.key
-            if (folder / "summary.json").exists() and not any(line["run"] == run.key for line in lines):
-                new: list[Line] = []
-                if not images:
-                    images = crowds_of(data, options.data_root.resolve(), options.work.resolve())
-                    if not any(line["run"] == PERFECT and line["data"] == data for line in lines):
-                        new += perfect(data, images)
-                new += scored(run, folder, images)
-                lines += new
-                with options.lines.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in new)
+            left = [way for way in ways(run) if (run.key, data, *way) not in done]
+            if left and (folder / "summary.json").exists():
+                images = images or crowds_of(data, options.data_root.resolve(), options.work.resolve())
+                ideal = () if (PERFECT, data, None, "NMS 0.5") in done else perfect(data, images)
+                done.add((PERFECT, data, None, "NMS 0.5"))
+                for line in itertools.chain(ideal, scored(run, folder, images, left)):
+                    lines.append(line)
+                    with options.lines.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
                 print(f"scored {run.key}", flush=True)
 
     # 3. Draw them, and write tables.
@@ -115,14 +116,23 @@ def selections(*, one_to_many: bool) -> dict[str, Selection]:
     return found
 
 
-def scored(run: Run, folder: Path, images: Mapping[str, CocoIndex]) -> Iterator[Line]:
-    """Score a finished run on images of each overlap, in every way to rank and select its detections."""
+def ways(run: Run) -> list[tuple[Ranking, str]]:
+    """List the ways to rank and select a run's detections."""
+    many = run.options["arm"] == "one-to-many"
+    rankings: tuple[Ranking, ...] = ("class_quality", "class") if many else ("class",)
+    return list(itertools.product(rankings, selections(one_to_many=many)))
+
+
+def scored(
+    run: Run, folder: Path, images: Mapping[str, CocoIndex], left: Sequence[tuple[Ranking, str]]
+) -> Iterator[Line]:
+    """Score a finished run on images of each overlap, in those ways to rank and select that are left."""
     model, spec = load_model(folder)
-    rankings: tuple[Ranking, ...] = ("class_quality", "class") if spec.one_to_many else ("class",)
-    for ranking in rankings:
+    for ranking in dict.fromkeys(ranking for ranking, _ in left):
         detector = Detector(adapt(model), ranking)
         candidates = {name: detected(detector, index) for name, index in images.items()}
-        for name, select in selections(one_to_many=spec.one_to_many).items():
+        for name in [name for one, name in left if one == ranking]:
+            select = selections(one_to_many=spec.one_to_many)[name]
             found = {overlap: [select(d) for d in detections] for overlap, detections in candidates.items()}
             # The threshold that a user would choose, who does not know how much objects are going to overlap.
             threshold = match(found["mixed"], targets_of(images["mixed"])).threshold()

@@ -78,6 +78,9 @@ def test_finished_runs_are_scored_once_in_every_way(tiny, capsys):
     assert lines.read_text() == before
     assert "scored" not in capsys.readouterr().out
     assert (tiny / "overlap_tiny.png").read_bytes() == picture
+    lines.write_text("".join(before.splitlines(keepends=True)[:-1]))  # stopped before its last line
+    overlap.main([str(argument) for argument in arguments])
+    assert lines.read_text() == before
 
 
 @pytest.mark.parametrize(("iou", "threshold"), [(0.5, 0.6), (0.8, 0.6), (0.9, 0.7)])
