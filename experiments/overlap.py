@@ -209,19 +209,19 @@ def best_rankings(lines: Iterable[Line]) -> Curves:
     return dict(sorted(best.items(), key=lambda item: (variant(item[0][0]).order, item[0][1])))
 
 
-def with_nms(curves: Curves) -> Curves:
-    """Keep the one-to-many curves with any NMS."""
-    return {curve: runs for curve, runs in curves.items() if curve[0].startswith(BASELINE) and curve[1] != NO_NMS}
+def one_to_many(curves: Curves) -> Curves:
+    """Keep the one-to-many curves: with any NMS, and without, because duplicates may hit a neighbour by chance."""
+    return {curve: runs for curve, runs in curves.items() if curve[0].startswith(BASELINE)}
 
 
-def without_nms(curves: Curves) -> Curves:
+def students(curves: Curves) -> Curves:
     """Keep the curves of one-to-one students without NMS."""
     return {curve: runs for curve, runs in curves.items() if not curve[0].startswith(BASELINE) and curve[1] == NO_NMS}
 
 
 def ahead_from(curves: Curves, runs: Sequence[Line], key: str) -> str:
-    """Find the overlap from which on runs are above every curve with NMS, on the mean."""
-    rivals, ahead = with_nms(curves).values(), ""
+    """Find the overlap from which on runs are above every one-to-many curve, on the mean."""
+    rivals, ahead = one_to_many(curves).values(), ""
     for overlap in reversed([f"{x:g}" for x in OVERLAPS]):
         if _mean(runs, overlap, key) <= max((_mean(r, overlap, key) for r in rivals), default=-1.0):
             break
@@ -232,15 +232,15 @@ def ahead_from(curves: Curves, runs: Sequence[Line], key: str) -> str:
 def table(curves: Curves, key: str) -> str:
     """List a score of every curve by overlap, per cent, mean ± standard deviation of the seeds."""
     overlaps, rows = [f"{overlap:g}" for overlap in OVERLAPS], []
-    for (name, selection), runs in {**with_nms(curves), **without_nms(curves)}.items():
+    for (name, selection), runs in {**one_to_many(curves), **students(curves)}.items():
         cells = [_spread(runs, overlap, key) for overlap in overlaps]
-        ahead = ahead_from(curves, runs, key) if selection == NO_NMS else ""
+        ahead = "" if name.startswith(BASELINE) else ahead_from(curves, runs, key)
         rows.append([f"{variant(name).title}, {selection}", *cells, ahead, f"{len(runs)}"])
-    rivals = with_nms(curves).values()
-    for (name, _), runs in without_nms(curves).items() if rivals else ():
+    rivals = one_to_many(curves).values()
+    for (name, _), runs in students(curves).items() if rivals else ():
         leads = [_mean(runs, o, key) - max(_mean(r, o, key) for r in rivals) for o in overlaps]
         cells = [f"{100 * lead:+.1f}" for lead in leads]
-        rows.append([f"{variant(name).title}, over the best with NMS", *cells, "", ""])
+        rows.append([f"{variant(name).title}, over the best one-to-many", *cells, "", ""])
     return markdown([SCORES[key], *overlaps, "ahead from", "seeds"], rows)
 
 
@@ -248,19 +248,19 @@ def draw(lines: Sequence[Line], path: Path, data: str) -> None:
     """Plot AP and recall against the overlap; bands are standard deviations of the seeds."""
     curves = best_rankings(line for line in lines if line["data"] == data)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    # 1. Draw the baseline with every NMS, dashed; longer ones with the best; the students.
-    rivals = with_nms(curves)
+    # 1. Draw the baseline in every way, dashed; longer ones in the best; the students.
+    rivals = one_to_many(curves)
     shown = {curve: runs for curve, runs in rivals.items() if curve[0] == BASELINE}
     for name in dict.fromkeys(name for name, _ in rivals if name != BASELINE):
         own = {curve: runs for curve, runs in rivals.items() if curve[0] == name}
         best = max(own, key=lambda curve: _mean(own[curve], "mixed", "ap"))
         shown[best] = own[best]
-    shown |= without_nms(curves)
+    shown |= students(curves)
     for axes, key in zip(panels, ("ap", "recall"), strict=True):
         for n, ((name, selection), runs) in enumerate(shown.items()):
             means = [100 * _mean(runs, f"{overlap:g}", key) for overlap in OVERLAPS]
             spreads = [100 * _deviation(runs, f"{overlap:g}", key) for overlap in OVERLAPS]
-            style = "-" if selection == NO_NMS else "--"
+            style = "--" if name.startswith(BASELINE) else "-"
             label = f"{variant(name).title}, {selection}"
             axes.plot(OVERLAPS, means, style, color=f"C{n % 10}", marker=".", label=label if key == "ap" else None)
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
