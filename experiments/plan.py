@@ -56,6 +56,7 @@ class Protocol:
         folder: Folder of the data set, if its name is not the protocol's.
         shared: Variants of which seed 0 teaches the students of all seeds, because they cost more than all the rest.
         larger: Options that make a network larger than the students.
+        labelled: Share of the training images that keep their labels.
     """
 
     epochs: int
@@ -63,6 +64,7 @@ class Protocol:
     folder: str = ""
     shared: tuple[str, ...] = ()
     larger: Mapping[str, Option] = field(default_factory=lambda: _MOBILENET)
+    labelled: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Base:
         taught: Whether it learns from a teacher, by default from a one-to-many run of the same network.
         defaults: Options that a modifier may change.
         converts: Whether it starts as its teacher, whole.
+        pseudo: Whether its teacher's detections are the labels of images that have none.
     """
 
     title: str
@@ -82,6 +85,7 @@ class Base:
     taught: bool = False
     defaults: Mapping[str, Option] = field(default_factory=dict)
     converts: bool = False
+    pseudo: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Variant:
         length: Epochs in units of the protocol's.
         larger: Whether it is the larger network.
         converts: Whether it starts as its teacher, whole.
+        pseudo: Whether its teacher's detections are the labels of images that have none.
         order: Sorts variants as tables list them: by base, modifiers and length.
     """
 
@@ -135,6 +140,7 @@ class Variant:
     length: float
     larger: bool
     converts: bool
+    pseudo: bool
     order: tuple[int, tuple[int, ...], float]
 
 
@@ -215,6 +221,14 @@ SETS = {
     "pcb": Protocol(10, {**_SMALL, "size": 224, "augmentation": "flip"}, shared=_LARGE_TEACHERS),
     "highway": Protocol(25, {**_SMALL, "size": 192}, shared=_LARGE_TEACHERS),
     "hit_uav": Protocol(12, {**_SMALL, "size": 256}, shared=_LARGE_TEACHERS),
+    # Crowds with a chosen overlap, of which `made.py` makes pictures: all overlaps mixed. `overlap.py` scores them.
+    "overlap_scenes": Protocol(8, _SCENES, shared=_LARGE_TEACHERS),
+    "overlap_cells": Protocol(12, _SCENES, shared=_LARGE_TEACHERS),
+    # Labels on a tenth or three tenths of the images, and so many epochs that all sets have about as many steps.
+    "hit_uav_10": Protocol(60, {**_SMALL, "size": 256}, "hit_uav", _LARGE_TEACHERS, labelled=0.1),
+    "hit_uav_30": Protocol(24, {**_SMALL, "size": 256}, "hit_uav", _LARGE_TEACHERS, labelled=0.3),
+    "bccd_10": Protocol(150, {**_SMALL, "size": 192}, "bccd", labelled=0.1),
+    "bccd_30": Protocol(60, {**_SMALL, "size": 192}, "bccd", labelled=0.3),
     "coco_person": Protocol(
         8,
         {**_SMALL, **_MOBILENET, **_PERSON, "size": 256, "channels": 96},
@@ -259,6 +273,8 @@ BASES = {
         defaults={"arm": "cross-head", "metric": "balanced", "selection": True},
         converts=True,
     ),
+    # On sets with labels on a part of the images.
+    "unlabelled-pseudo": Base("one-to-one, pseudo-labels", {"arm": "one-to-one"}, taught=True, pseudo=True),
 }
 MODIFIERS = {
     # The network. The small network's head has two convolutions, so later entries need a deeper one.
@@ -370,7 +386,7 @@ def variant(name: str) -> Variant:
     larger = any(modifier.larger for modifier in modifiers)
     length = lengths[0] if lengths else 1.0
     order = list(BASES).index(first), tuple(word.place for word in words if not word.modifier.length), length
-    return Variant(name, title, options, teacher, origin, length, larger, base.converts, order)
+    return Variant(name, title, options, teacher, origin, length, larger, base.converts, base.pseudo, order)
 
 
 class _Word(NamedTuple):
@@ -474,6 +490,26 @@ STUDIES = {
         "convert-frozen",
         "one-to-many-further-25pc",
         "one-to-many-further",
+    ),
+    # Where NMS must fail; `overlap.py` scores the runs on crowds of one overlap each.
+    "overlap": (
+        "one-to-many",
+        "one-to-many-2x",
+        "one-to-one-inherit",
+        "convert-undistilled-unselected",
+        "convert-undistilled",
+        "convert",
+        "cross-head-large-inherit-decay-features",
+        "cross-head-large-inherit-decay-features-selection",
+    ),
+    # Labels on a part of the images, as on hit_uav_10: what the others give, by pseudo-labels.
+    "unlabelled": (
+        "one-to-many",
+        "one-to-many-large",
+        "one-to-one-inherit",
+        "cross-head-large-inherit-decay-features",
+        "unlabelled-pseudo-inherit",
+        "unlabelled-pseudo-large-inherit",
     ),
     "longer": (
         "one-to-many-2x",

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "examples" / "coco"
 sys.path.insert(0, str(SCRIPTS))
 
-from coco_example.data.scenes import write_scenes  # noqa: E402  # found by the path above
+from labels import keep_labels, pseudo_label  # noqa: E402  # what these import is found by the path above
+from made import make  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "runs.jsonl"
 HELD_OUT = 0.25  # share of the training images that --split tune scores on
@@ -244,16 +245,26 @@ class Runner:
         return flags
 
     def _data(self, run: Run) -> Path:
-        """Return the data set's folder; of the split "tune", one that holds out training images for validation."""
+        """Return the run's data set, of the split "tune" one that holds out training images for validation."""
+        protocol, teacher, pseudo = SETS[run.data], run.teacher, variant(run.variant).pseudo
         with self.lock:
-            name = SETS[run.data].folder or run.data
-            source = write_scenes(self.work / "data" / name) if name == "demo" else self.data_root / name
-            if run.split == "final":
+            # 1. All labels.
+            name = protocol.folder or run.data
+            source = make(name, self.data_root, self.work)
+            if run.split == "tune":
+                held_out = self.work / "data" / f"{name}-held-out"
+                if not held_out.exists():
+                    _hold_out(source, held_out)
+                source = held_out
+            if protocol.labelled == 1 and not pseudo:
                 return source
-            folder = self.work / "data" / f"{name}-held-out"
-            if not folder.exists():
-                _hold_out(source, folder)
-            return folder
+            # 2. Those of a part of the images, and a teacher's detections in the others.
+            folder = self.work / "data" / f"{run.data}-{run.split}"
+            part = keep_labels(source, folder, protocol.labelled)
+            if teacher is None or not pseudo:
+                return part
+            labelled = folder.with_name(f"{folder.name}-{teacher.variant}-{teacher.seed}")
+            return pseudo_label(part, source, self.work / teacher.key, labelled)
 
 
 def _hold_out(source: Path, folder: Path) -> None:

@@ -134,6 +134,15 @@ def test_a_conversion_learns_from_its_twin_and_words_change_its_defaults():
     assert Run("pcb", "final", "convert-5pc", 0).epochs == 1
 
 
+def test_pseudo_labels_come_from_a_one_to_many_run_and_inheriting_from_the_twin():
+    twin, large = variant("unlabelled-pseudo-inherit"), variant("unlabelled-pseudo-large-inherit")
+    assert twin.pseudo
+    assert large.pseudo
+    assert (twin.teacher, twin.origin) == ("one-to-many", "")
+    assert (large.teacher, large.origin) == ("one-to-many-large", "one-to-many")
+    assert not variant("one-to-one-inherit").pseudo
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_the_larger_network_differs_in_what_its_set_says(name):
     small, large = (Run(name, "final", one, 0).options for one in ("one-to-many", "one-to-many-large"))

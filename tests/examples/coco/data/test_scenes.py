@@ -12,11 +12,14 @@ import torch
 from coco_example.data import scenes
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
+from coco_example.data.painting import SHAPES, Layer, Scene, render
 from coco_example.data.reader import read_coco
-from coco_example.data.scenes import SHAPES, Layer, Scene, render, sample_scene, write_scenes
+from coco_example.data.scenes import sample_crowd, sample_scene, write_scenes
 from coco_example.errors import DataError
 from PIL import Image
 from torchvision.ops import batched_nms, box_iou
+
+FIRST_VERSION = [[47.1, 53.38, 94.01, 90.48], [82.08, 0.0, 128.0, 56.14], [56.91, 0.0, 90.64, 34.08]]
 
 
 def draw(k: int, size: int = 128) -> Scene:
@@ -249,3 +252,57 @@ class TestScene:
         assert min(large) >= 20
         assert 100 < max(large) < 141
         assert np.asarray(render(draw(0, 256))).shape == (256, 256, 3)
+
+
+class TestCrowd:
+    def test_scenes_without_the_knob_are_what_they_always_were(self):
+        """The boxes that the first version drew, from front to back."""
+        assert [[round(x, 2) for x in layer.box] for layer in objects(draw(3))] == FIRST_VERSION
+
+    @pytest.mark.parametrize("overlap", [0.3, 0.9])
+    def test_members_can_be_told_apart(self, overlap):
+        """Taking any object away changes the picture clearly, however much its neighbours cover of its box."""
+        changes = []
+        for k in range(12):
+            scene = sample_crowd(np.random.default_rng((0, k)), 128, (overlap, overlap))
+            full = without(scene)
+            for layer in objects(scene):
+                width, height = layer.box[2] - layer.box[0], layer.box[3] - layer.box[1]
+                changed = (np.abs(full - without(scene, layer)).max(axis=2) > 12).sum()
+                changes.append(changed / (2 * (width + height)))  # pixels to a pixel of outline
+                assert layer.visible > 0.1
+        assert np.median(changes) > 1.0
+
+    def test_a_folder_holds_the_overlap_it_was_asked_for(self, tmp_path):
+        folder = write_scenes(tmp_path / "crowd", train=2, val=40, size=64, overlap=(0.5, 0.5))
+        assert json.loads((folder / "scenes.json").read_text())["overlap"] == [0.5, 0.5]
+        largest = []
+        for record in read_coco(*locate_split(folder, "val")).records:
+            same = record.labels[:, None] == record.labels
+            overlaps = (box_iou(record.boxes, record.boxes) * same).fill_diagonal_(0)
+            largest += overlaps.amax(dim=1).tolist()
+        crowded = [x for x in largest if x > 0]
+        assert len(crowded) > 0.7 * len(largest)
+        assert crowded == pytest.approx([0.5] * len(crowded), abs=0.01)
+        with pytest.raises(DataError, match="Fix: name another folder"):
+            write_scenes(folder, train=2, val=40, size=64)
+        with pytest.raises(DataError, match="the lower bound first"):
+            write_scenes(tmp_path / "wrong", train=2, val=1, size=64, overlap=(0.5, 0.3))
+
+    def test_is_a_knob_of_the_script(self, tmp_path, monkeypatch):
+        options = [
+            "--output",
+            str(tmp_path / "a"),
+            "--train",
+            "2",
+            "--val",
+            "1",
+            "--size",
+            "32",
+            "--overlap",
+            "0",
+            "0.9",
+        ]
+        monkeypatch.setattr(sys, "argv", ["scenes.py", *options])
+        scenes.main()
+        assert hashes(tmp_path / "a") == hashes(write_scenes(tmp_path / "b", train=2, val=1, size=32, overlap=(0, 0.9)))
