@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     # 1. The detector, and images in its classes.
     detector, labels, classes, described = load_detector(options)
     folder, file = locate_split(options.data_path, options.split, options.annotations, options.images)
-    index = read_coco(folder, file, classes)
+    index = read_coco(folder, file, classes, progress=True)
     categories = index.label_to_category if classes else labels
     for warning in judge_boxes(index, options.split, top_k=detector.top_k):
         say(f"warning: {warning}")

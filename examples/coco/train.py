@@ -205,7 +205,9 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
         write_scenes(root)
     worker.wait()
     classes = _classes_of(options.teachers.convert)
-    train = read_coco(*locate_split(root, "train", data.train_annotations, data.train_images), classes)
+    train = read_coco(
+        *locate_split(root, "train", data.train_annotations, data.train_images), classes, progress=worker.first
+    )
     if train.annotations.unknown:
         raise DataError(
             expected="classes of the detector that is converted",
@@ -213,7 +215,9 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
             where=f"categories of {train.annotations.file}",
             fix="leave their boxes out, or train a detector that has them",
         )
-    val = read_coco(*locate_split(root, "val", data.val_annotations, data.val_images), train.categories)
+    val = read_coco(
+        *locate_split(root, "val", data.val_annotations, data.val_images), train.categories, progress=worker.first
+    )
 
     # 2. Judge them. Validation pictures are decoded, too: a broken one would be found after the last epoch.
     model = options.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import sys
@@ -56,7 +57,10 @@ def loaded(
     iterator: Any = None
     try:
         with deferred_signals():
+            # A collection in a forked process writes to every object, and so copies all memory that it shares.
+            gc.freeze()
             iterator = iter(loader)
+            gc.unfreeze()
         yield _received(iterator)
     except RuntimeError as error:  # raised anywhere in the block, by torch's handler of SIGCHLD
         if not str(error).startswith("DataLoader worker"):
