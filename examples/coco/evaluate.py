@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--class-score", action="store_true", help="rank a one-to-many detector by class score alone")
     parser.add_argument("--limit", type=int, default=None, help="number of images to score; none: all")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--workers", type=int, default=-1, help="processes that load images; -1: spare cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
     parser.add_argument("--nms-threshold", type=float, default=NMS_THRESHOLD, help="IoU threshold of NMS")
     parser.add_argument("--top-k", type=int, default=None, help="detections of an image that count; none: the run's")

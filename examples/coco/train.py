@@ -32,6 +32,7 @@ from coco_example.evaluation.evaluation import Detector, Evaluation, evaluate, t
 from coco_example.figures.draw import draw_predictions
 from coco_example.figures.report import draw_report
 from coco_example.files import write_json
+from coco_example.models.batch_norm import learns_batch_norm, synchronise_batch_norm
 from coco_example.models.detectors import build_detector
 from coco_example.models.methods import METRICS, build_method, freeze, needs_teacher
 from coco_example.models.saved_model import ModelSpec, load_model, save_model
@@ -46,6 +47,11 @@ from crosskd_assign.structures import Target
 __all__ = ["run"]
 
 PREFLIGHT_IMAGES = 64
+
+_BATCH_NORM = (
+    "batch norm is trained, and each process normalises by its own images: results depend on the number of processes; "
+    "--sync-batch-norm makes them those of one"
+)
 
 
 def run(options: Options) -> Evaluation | None:
@@ -77,7 +83,9 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
     # 2. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(options.deterministic)
-    model = build_detector(options.model, train.num_classes)
+    model = build_detector(options.model, train.num_classes, resize_to_train=not options.dataset.multi_scale)
+    if options.training.sync_batch_norm:
+        synchronise_batch_norm(model, worker.device)
 
     # 3. What it learns from, what it starts with, and how it is trained.
     teacher, labels = _load_teacher(options, model, val, worker, check=not begun)
@@ -90,7 +98,8 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
     # 4. The folder: only now, because a refused teacher must not leave one that looks in use.
     def start() -> str | None:
         data = {"train": describe_data(train), "val": describe_data(val)}
-        return open_folder(folder, options, data | {"teacher": describe_teacher(teacher, labels)}, begun=begun)
+        data |= {"teacher": describe_teacher(teacher, labels)}
+        return open_folder(folder, options, data, worker.count, begun=begun)
 
     identity = worker.first_does(start)
 
@@ -156,6 +165,8 @@ def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoInd
         slow = slow_precision(training.options.training.precision, training.worker.device)
         if slow is not None:
             log.message(slow)
+        if training.worker.count > 1 and learns_batch_norm(training.model, training.frozen):
+            log.message(_BATCH_NORM)
     training.worker.wait()
 
 
@@ -297,6 +308,7 @@ def _score(network: nn.Module, index: CocoIndex, options: Options, worker: Worke
         index,
         batch_size=options.training.batch_size,
         workers=options.dataset.workers,
+        precision=getattr(torch, options.training.eval_precision),
         worker=worker,
     )
 

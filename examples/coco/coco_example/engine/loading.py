@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from coco_example.data.augmentation import augmentation
+from coco_example.data.augmentation import augmentation, scaled_augmentations
 from coco_example.data.dataset import CocoDataset, Target
 from coco_example.data.reader import CocoIndex
 from coco_example.data.sampler import ResumableSampler
@@ -41,7 +41,10 @@ class TrainingData:
             seed=options.seed,
             cache=data.cache,
             mosaic=data.mosaic,
+            scaled=scaled_augmentations(model.size, data.augmentation, model.short_side) if data.multi_scale else {},
         )
+        # Each process that loads would keep a copy of the images.
+        self._workers = 0 if data.cache and data.workers < 0 else data.workers
         self.steps_per_epoch = self._sampler(0).batches_per_epoch
 
     def _sampler(self, step: int) -> ResumableSampler:
@@ -52,6 +55,7 @@ class TrainingData:
             rank=self._worker.rank,
             world_size=self._worker.count,
             start_batch=step,
+            short_sides=tuple(self.dataset.scaled),
         )
 
     @contextmanager
@@ -61,7 +65,7 @@ class TrainingData:
         with loaded(
             self.dataset,
             self._sampler(step),
-            workers=self._options.dataset.workers,
+            workers=self._workers,
             pin_memory=device.type == "cuda",
         ) as batches:
             yield (_moved(images, targets, device) for images, targets in batches)

@@ -22,6 +22,7 @@ from coco_example.engine.loading import TrainingData
 from coco_example.engine.loss_checks import DIVERGED, LossChecks
 from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.optimization import build_optimizer, ramped_average, relative_rate
+from coco_example.engine.run_folder import same_step
 from coco_example.engine.signals import Signals
 from coco_example.errors import NonFiniteLossError, RunError
 from coco_example.options import Options
@@ -212,27 +213,30 @@ class Training:
         """Continue from the newest checkpoint in the folder that is whole and belongs to this run.
 
         Raises:
-            RunError: There is none, or it is of more or fewer processes.
+            RunError: There is none, or its steps have more or fewer images.
         """
         # 1. The first process sets aside what is damaged, so that all take the same.
         chosen: dict[str, Any] = {}
         self.worker.first_does(lambda: chosen.update(load_checkpoint(self.folder, self._wrong)))
         state = chosen or load_checkpoint(self.folder)
 
-        # 2. The same number of processes.
-        if len(state["random"]) != self.worker.count:
+        # 2. The same number of processes, or steps of as many images.
+        states, count = state["random"], self.worker.count
+        if len(states) != count and not same_step(self.folder, self.options, count):
             raise RunError(
-                expected=f"{len(state['random'])} processes, as the run was started with",
-                got=f"{self.worker.count}",
+                expected=f"{len(states)} processes, as the run was started with",
+                got=f"{count}",
                 where=f"{self.folder}",
-                fix="resume with as many, because its steps and schedule depend on them",
+                fix="resume with as many, or change --batch-size so that a step has as many images as before",
             )
 
         # 3. Parts and random numbers.
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
-        _set_random_state(state["random"][self.worker.rank], self.worker.device)
+        # One more process than before has drawn nothing yet; images and their order do not depend on this state.
+        if self.worker.rank < len(states):
+            _set_random_state(states[self.worker.rank], self.worker.device)
 
     def _wrong(self, state: dict[str, Any]) -> str | None:
         """Describe why a state is no checkpoint of this run; None if it is one."""
