@@ -221,14 +221,8 @@ class Training:
         state = chosen or load_checkpoint(self.folder)
 
         # 2. The same number of processes, or steps of as many images.
-        states, count = state["random"], self.worker.count
-        if len(states) != count and not same_step(self.folder, self.options, count):
-            raise RunError(
-                expected=f"{len(states)} processes, as the run was started with",
-                got=f"{count}",
-                where=f"{self.folder}",
-                fix="resume with as many, or change --batch-size so that a step has as many images as before",
-            )
+        states = state["random"]
+        _check_processes(len(states), self.worker.count, self.folder, self.options)
 
         # 3. Parts and random numbers.
         for name, part in self._parts().items():
@@ -254,6 +248,16 @@ class Training:
             "scaler": self.scaler,
         }
         return parts if self.average is None else {**parts, "average": self.average}
+
+
+def _check_processes(then: int, now: int, folder: Path, options: Options) -> None:
+    if then != now and not same_step(folder, options, now):
+        raise RunError(
+            expected=f"{then} processes, as the run was started with",
+            got=f"{now}",
+            where=f"{folder}",
+            fix="resume with as many, or change --batch-size so that a step has as many images as before",
+        )
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import train
 from coco_example.data.augmentation import augmentation, scaled_augmentations, short_sides
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
 from coco_example.data.reader import read_coco
 from coco_example.engine import loaders
+from coco_example.engine.distributed import ALONE
 from coco_example.engine.loaders import loaded, spare_processes
 from coco_example.engine.training import Training
+from torch import nn
 from torchvision import tv_tensors
 
 from tests.makers.training_runs import SIX_STEPS, assert_same_run, stop_in
@@ -75,6 +78,15 @@ def test_the_machine_decides_on_processes_that_load(monkeypatch, cores, processe
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", f"{processes}")
     assert spare_processes() == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_evaluations_compute_in_their_own_precision_whatever_training_does(workshop, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(train, "evaluate", lambda *_, **given: given["precision"])
+    monkeypatch.setattr(train, "_detector", lambda *_: None)
+    options = workshop.options(tmp_path, precision="float16", eval_precision=precision)
+    assert train._score(nn.Identity(), None, options, ALONE) == getattr(torch, precision)
+    assert workshop.options(tmp_path, precision="bfloat16").training.eval_precision == "float32"  # as recorded runs
 
 
 @pytest.mark.parametrize(("workers", "spare"), [(2, 0), (-1, 2)])
