@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -26,7 +27,9 @@ __all__ = ["loaded", "spare_processes"]
 
 _PATIENCE = 10.0  # seconds
 _FEW_CORES = 4  # of fewer, training itself leaves none
-_MOST_PROCESSES = 16
+_MOST_PROCESSES = 4  # feed an H100 twice over, see docs/benchmarks.md; each holds two batches in shared memory
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - not written to here
+_LEAST_SHARED = 1 << 30  # bytes; a container often has 64 MiB
 
 Item: TypeAlias = tuple[Tensor, Target]
 Batch: TypeAlias = tuple[list[Tensor], list[Any]]
@@ -77,11 +80,15 @@ def loaded(
 
 
 def spare_processes() -> int:
-    """Count the processes that may load images for this one: its share of the cores but one, 0 on a small machine."""
+    """Count the processes that may load images for this one: its share of the cores but one; 0 on a small machine."""
     if sys.platform != "linux":
         return 0  # where processes are not forked, each reads the annotations again
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(cores - 1, _MOST_PROCESSES) if cores >= _FEW_CORES else 0
+    try:
+        room = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        room = 0
+    return min(cores - 1, _MOST_PROCESSES) if cores >= _FEW_CORES and room >= _LEAST_SHARED else 0
 
 
 def _end(iterator: Any, processes: Iterable[Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,13 +73,16 @@ def test_batches_reach_the_network_at_the_sizes_that_were_drawn_and_a_resumed_ru
 
 @pytest.mark.parametrize(
     ("cores", "processes", "expected"),
-    [(2, 1, 0), (3, 1, 0), (4, 1, 3), (16, 1, 15), (64, 1, 16), (64, 8, 7), (8, 4, 0)],
+    [(2, 1, 0), (3, 1, 0), (4, 1, 3), (64, 1, 4), (32, 8, 3), (8, 4, 0)],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere this process loads")
 def test_the_machine_decides_on_processes_that_load(monkeypatch, cores, processes, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", f"{processes}")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 31))
     assert spare_processes() == expected
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 26))  # a container's
+    assert spare_processes() == 0
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
