@@ -35,15 +35,15 @@ def _mib(pid: int, file: str, key: str) -> float:
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
-def measure(data: Path, processes: int, *, images: int, steps: int, options: list[str]) -> dict[str, Any]:
+def measure(data: Path, processes: int, *, images: int, steps: int, size: int) -> dict[str, Any]:
     """Train some steps; return steps a second after the first five, and the memory of every process."""
     with tempfile.TemporaryDirectory() as temporary:
         # 1. Start.
         folder = Path(temporary) / "run"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command += [str(ROOT / "examples/coco/train.py"), "--data-path", str(data), "--output", str(folder)]
-        command += ["--arm", "one-to-one", "--sync-batch-norm", "--log-every", "1", *options]
-        command += ["--batch-size", str(images // processes)]
+        command += ["--arm", "one-to-one", "--sync-batch-norm", "--log-every", "1", "--workers", "0"]
+        command += ["--batch-size", str(images // processes), "--size", str(size)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         launcher = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -76,12 +76,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes (1 2 4)")
     parser.add_argument("--images", type=int, default=8, help="images of a step over all processes (8)")
     parser.add_argument("--steps", type=int, default=25, help="steps of each run; the first five do not count (25)")
+    parser.add_argument("--size", type=int, default=320, help="longer side of the images in pixels (320)")
     parser.add_argument("--output", type=Path, help="JSON file to write the figures to")
-    options, others = parser.parse_known_args()  # others are train.py's
+    options = parser.parse_args()
 
     rows = []
     for count in options.processes:
-        row = measure(options.data_path, count, images=options.images, steps=options.steps, options=others)
+        row = measure(options.data_path, count, images=options.images, steps=options.steps, size=options.size)
         rows.append(row)
         memory = ", ".join(
             f"{p:,.0f} ({s:,.0f})" for p, s in zip(row["peak_mib"], row["proportional_mib"], strict=True)
