@@ -67,8 +67,10 @@ def loaded(
         with deferred_signals():
             # A collection in a forked process writes to every object, and so copies all memory that it shares.
             gc.freeze()
-            iterator = iter(loader)
-            gc.unfreeze()
+            try:
+                iterator = iter(loader)
+            finally:
+                gc.unfreeze()
         yield _received(iterator)
     except RuntimeError as error:  # raised anywhere in the block, by torch's handler of SIGCHLD
         if not str(error).startswith("DataLoader worker"):
@@ -82,7 +84,7 @@ def loaded(
 def spare_processes() -> int:
     """Count the processes that may load images for this one: its share of the cores but one; 0 on a small machine."""
     if sys.platform != "linux":
-        return 0  # where processes are not forked, each reads the annotations again
+        return 0  # where processes are not forked, each gets a copy of the annotations
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         room = shutil.disk_usage(_SHARED_MEMORY).free
