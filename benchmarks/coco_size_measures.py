@@ -38,6 +38,7 @@ from crosskd_assign.structures import Detection, Target
 __all__ = ["MEASURES"]
 
 Figures = dict[str, float]
+_SHARE = 256  # records of an item
 
 
 def _in_turn(names: Sequence[str], root: Path, runs: int) -> dict[str, Figures]:
@@ -81,14 +82,14 @@ def reading_pycocotools(root: Path) -> Figures:
 
 
 class _Boxes(Dataset[Any]):
-    """Items that need the records alone, no picture."""
+    """Items of many records each, that need no picture."""
 
     def __init__(self, records: Sequence[Any]) -> None:
         self.records = records
 
     def __getitem__(self, i: int) -> Any:
-        record = self.records[i]
-        return torch.zeros(1), {"boxes": record.boxes.clone(), "size": torch.tensor([record.width, record.height])}
+        boxes = sum(len(record.boxes) for record in self.records[_SHARE * i : _SHARE * (i + 1)])
+        return torch.tensor(boxes), {}
 
 
 def _private(pid: int | None) -> float:
@@ -98,18 +99,18 @@ def _private(pid: int | None) -> float:
 
 
 def _sharing(records: Sequence[Any]) -> Figures:
-    batches = [range(i, min(i + 64, len(records))) for i in range(0, len(records), 64)]
+    batches = [[i] for i in range(len(records) // _SHARE)]
     with loaded(_Boxes(records), batches, workers=2) as items:
         children = multiprocessing.active_children()
         first = sum(_private(child.pid) for child in children) / len(children)
         for n, _ in enumerate(items):
-            if n == len(batches) - 8:  # while they live
+            if n == max(0, len(batches) - 16):  # while they live
                 last = sum(_private(child.pid) for child in children) / len(children)
     return {"private_mib_at_first": first, "private_mib_at_last": last}
 
 
 def sharing(root: Path) -> Figures:
-    """Measure the memory of a loader's process after an epoch over packed records."""
+    """Measure the memory of one of two loader processes after an epoch over packed records."""
     return _sharing(read_coco(*locate_split(root, "train")).records)
 
 
