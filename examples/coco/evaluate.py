@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--class-score", action="store_true", help="rank a one-to-many detector by class score alone")
     parser.add_argument("--limit", type=int, default=None, help="number of images to score; none: all")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--workers", type=int, default=-1, help="processes that load images; -1: spare cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to run on")
     parser.add_argument("--nms-threshold", type=float, default=NMS_THRESHOLD, help="IoU threshold of NMS")
     parser.add_argument("--top-k", type=int, default=None, help="detections of an image that count; none: the run's")
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     # 1. The detector, and images in its classes.
     detector, labels, classes, described = load_detector(options)
     folder, file = locate_split(options.data_path, options.split, options.annotations, options.images)
-    index = read_coco(folder, file, classes)
+    index = read_coco(folder, file, classes, progress=True)
     categories = index.label_to_category if classes else labels
     for warning in judge_boxes(index, options.split, top_k=detector.top_k):
         say(f"warning: {warning}")

@@ -40,6 +40,7 @@ from coco_example.evaluation.operating_point import describe_thresholds
 from coco_example.figures.draw import draw_predictions
 from coco_example.figures.report import draw_report
 from coco_example.files import write_json
+from coco_example.models.batch_norm import learns_batch_norm, synchronise_batch_norm
 from coco_example.models.conversion import (
     Source,
     classes_of_run,
@@ -64,6 +65,11 @@ __all__ = ["run"]
 
 PREFLIGHT_IMAGES = 64
 CHOSEN_ON = "validation images"  # score thresholds
+
+_BATCH_NORM = (
+    "batch norm is trained, and each process normalises by its own images: results depend on the number of processes; "
+    "--sync-batch-norm makes them those of one"
+)
 
 
 def run(options: Options) -> Evaluation | None:
@@ -102,7 +108,12 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
     # 2. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(options.deterministic)
-    model = build_detector(options.model, train.num_classes) if source is None else source.student(options.model)
+    if source is not None:
+        model = source.student(options.model)
+    else:
+        model = build_detector(options.model, train.num_classes, resize_to_train=not options.dataset.multi_scale)
+    if options.training.sync_batch_norm:
+        synchronise_batch_norm(model, worker.device)
 
     # 3. What it learns from, what it starts with, and how it is trained.
     teacher, labels = _load_teacher(options, model, val, worker, source, check=not begun)
@@ -119,7 +130,8 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
     # 4. The folder: only now, because a refused teacher must not leave one that looks in use.
     def start() -> str | None:
         inputs = {"train": describe_data(train), "val": describe_data(val), "unlabelled": describe_data(unlabelled)}
-        return open_folder(folder, asked, inputs | {"teacher": describe_teacher(teacher, labels)}, begun=begun)
+        inputs |= {"teacher": describe_teacher(teacher, labels)}
+        return open_folder(folder, asked, inputs, worker.count, begun=begun)
 
     identity = worker.first_does(start)
 
@@ -202,6 +214,8 @@ def _introduce(log: MetricsLog, training: Training, folder: Path, train: CocoInd
         slow = slow_precision(training.options.training.precision, training.worker.device)
         if slow is not None:
             log.message(slow)
+        if training.worker.count > 1 and learns_batch_norm(training.model, training.frozen):
+            log.message(_BATCH_NORM)
     training.worker.wait()
 
 
@@ -272,9 +286,11 @@ def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
         write_scenes(root)
     worker.wait()
     classes = classes_of_run(options.teachers.convert)
-    train = read_coco(*locate_split(root, "train", data.train_annotations, data.train_images), classes)
+    train_files = locate_split(root, "train", data.train_annotations, data.train_images)
+    train = read_coco(*train_files, classes, progress=worker.first)
     refuse_unknown(train.annotations.unknown, train)
-    val = read_coco(*locate_split(root, "val", data.val_annotations, data.val_images), train.categories)
+    val_files = locate_split(root, "val", data.val_annotations, data.val_images)
+    val = read_coco(*val_files, train.categories, progress=worker.first)
 
     # 2. Judge them. Validation pictures are decoded, too: a broken one would be found after the last epoch.
     model = options.model
@@ -363,6 +379,7 @@ def _score(network: nn.Module, index: CocoIndex, options: Options, worker: Worke
         label_to_category=spec.label_to_category if spec.detector else None,
         batch_size=options.training.batch_size,
         workers=options.dataset.workers,
+        precision=getattr(torch, options.training.eval_precision),
         worker=worker,
     )
 

@@ -76,7 +76,10 @@ class DataOptions:
     ] = ""
     unlabelled_share: Annotated[float, "their share of every batch; an epoch is one of the images with labels"] = 0.5
     cache: Annotated[bool, "keep decoded images in memory"] = False
-    workers: Annotated[int, "processes that load images"] = 0
+    workers: Annotated[int, "processes that load images; -1: as many as the machine has cores to spare"] = -1
+    multi_scale: Annotated[
+        bool, "train every batch at a size of its own: of a --short-side of 800, one of 480, 512, …, 800"
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,10 @@ class TrainingOptions:
     ema: Annotated[float, "decay of an average of the weights, which is then evaluated and saved; 0: none"] = 0.0
     precision: Annotated[Literal["float32", "bfloat16", "float16"], "autocast precision"] = "float32"
     channels_last: Annotated[bool, "keep images and weights in channels-last memory format"] = False
+    eval_precision: Annotated[Literal["float32", "bfloat16", "float16"], "autocast precision of evaluations"] = (
+        "float32"
+    )
+    sync_batch_norm: Annotated[bool, "let trained batch norm see the images of all processes"] = False
     eval_every: Annotated[
         int, "epochs between evaluations, of which the best detector is kept in best/; 0: only at the end"
     ] = 0
@@ -212,6 +219,10 @@ class Options:
         for name, value in asdict(self).items():
             flat |= value if name in _GROUPS else {name: value}
         return flat
+
+    def step_images(self, processes: int) -> int:
+        """Count the images of one step over all processes."""
+        return self.training.batch_size * self.training.accumulate * processes
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """List options that differ from the flat ones of an earlier start and must not when resuming."""
@@ -336,6 +347,14 @@ def _conflict(options: Options) -> str | None:
         (
             options.model.short_side > 0 and dataset.augmentation not in ("none", "flip"),
             "expected --augmentation none or flip with --short-side: the others make squares of --size",
+        ),
+        (
+            dataset.multi_scale and dataset.augmentation not in ("none", "flip"),
+            "expected --augmentation none or flip with --multi-scale: the others draw a scale themselves",
+        ),
+        (
+            dataset.multi_scale and is_reference(options.teachers.convert),
+            "expected --multi-scale with a detector of the options: one of a file or of torchvision resizes itself",
         ),
         (
             dataset.data != "demo" and not Path(dataset.data_path).exists(),

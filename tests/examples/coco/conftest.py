@@ -17,7 +17,15 @@ from coco_example.options import Options, parse_options
 torch.set_num_threads(1)  # maps of a few points are slower on more, and much slower where cores are shared
 
 SCRIPTS = Path(train.__file__).resolve().parent
-DEFAULTS = {"size": 64, "epochs": 1, "batch_size": 8, "warmup_steps": 2, "log_every": 1, "teacher_floor": 0.0}
+DEFAULTS = {
+    "size": 64,
+    "epochs": 1,
+    "batch_size": 8,
+    "warmup_steps": 2,
+    "log_every": 1,
+    "teacher_floor": 0.0,
+    "workers": 0,
+}
 
 
 class Workshop:

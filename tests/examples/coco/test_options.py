@@ -46,7 +46,7 @@ def test_every_option_stands_on_the_command_line_and_in_the_flat_form_under_one_
     options = workshop.options(tmp_path / "run", **given)
     assert options.method == MethodOptions(arm="own-head-imitation")
     assert options.model == ModelOptions(backbone="resnet18", size=64)
-    assert options.dataset == DataOptions(data_path=str(workshop.data), mosaic=0.25, cache=True)
+    assert options.dataset == DataOptions(data_path=str(workshop.data), mosaic=0.25, cache=True, workers=0)
     assert options.training == TrainingOptions(epochs=1, batch_size=8, warmup_steps=7, log_every=1)
     flat = options.as_flat()
     assert given.items() <= flat.items()

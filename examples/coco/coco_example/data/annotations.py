@@ -5,15 +5,16 @@ N is the number of boxes of the file, crowds and degenerate ones included. K is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coco_example.data.tables import Table, Tables, read_tables
 from coco_example.data.values import (
     Identifier,
     key_of,
@@ -30,6 +31,13 @@ from coco_example.errors import DataError
 __all__ = ["Annotations", "Category", "ImageEntry", "match_classes", "read_annotations"]
 
 T = TypeVar("T")
+
+# What is read of each entry, the polygons not.
+_FIELDS = {
+    "categories": ("id", "name", "supercategory"),
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("image_id", "category_id", "bbox", "area", "iscrowd"),
+}
 
 
 @dataclass(frozen=True)
@@ -81,50 +89,49 @@ class Annotations:
     listed: tuple[Category, ...] = ()
 
 
-def read_annotations(file: Path, classes: Sequence[Category] | None = None) -> Annotations:
+def read_annotations(file: Path, classes: Sequence[Category] | None = None, *, progress: bool = False) -> Annotations:
     """Read a COCO instances file.
 
     Args:
         file: The JSON file.
         classes: Classes of the run; by default the file has its own, but for a super-category without boxes.
+        progress: Whether to show a bar on a terminal while a large file is read.
 
     Raises:
         DataError: If the file is malformed, contradicts itself, or contradicts ``classes``.
     """
     # 1. Read categories, images and boxes.
-    document = _parse(file)
-    own = _read_categories(document, file)
-    images = _read_images(document, file)
-    boxes = _Table(document, "annotations", file)
+    tables = read_tables(file, _FIELDS, progress=progress)
+    own = _read_categories(tables, file)
+    images = _read_images(tables, file)
+    boxes = _Reader(tables, "annotations", file)
     owner = boxes.places("image_id", [image.id for image in images], "images")
     place = boxes.places("category_id", [category.id for category in own], "categories")
-    xywh = boxes.column("bbox", _read_box, "[x, y, width, height]")
-    area = boxes.column("area", _read_area, "a number from 0 up", optional=True)
-    crowd = boxes.column("iscrowd", read_flag, "0 or 1", optional=True)
+    corners = boxes.numbers("bbox", _read_box, "[x, y, width, height]", _plain_boxes).reshape(-1, 4)
+    given = boxes.numbers("area", _read_area, "a number from 0 up", _plain_areas, optional=True)
+    crowd = boxes.numbers("iscrowd", read_flag, "0 or 1", _plain_flags, optional=True)
 
     # 2. Number the classes: 1..K for those of the run, further ones behind.
-    used = set(place)
-    true = [category for n, category in enumerate(own) if n in used or not _is_super(category, document)]
+    used = set(np.unique(place).tolist())
+    true = [category for n, category in enumerate(own) if n in used or not _is_super(category, tables)]
     categories, further = match_classes(true, true if classes is None else classes, file)
     unknown = tuple(category for category in further if own.index(category) in used)
     label_of = {key_of(category.id): label for label, category in enumerate((*categories, *unknown), start=1)}
     label = [label_of.get(key_of(category.id), 0) for category in own]
 
-    # 3. Make arrays of the boxes.
-    corners = np.array(xywh, dtype=np.float64).reshape(-1, 4)
+    # 3. An area that the file lacks is the box's.
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity do occur in files
         products = corners[:, 2] * corners[:, 3]
-    given = np.array(area, dtype=np.float64)
     return Annotations(
         file,
         categories,
         unknown,
         images,
-        np.array(owner, dtype=np.int64),
-        np.array(label, dtype=np.int64)[np.array(place, dtype=np.int64)],
+        owner,
+        np.array(label, dtype=np.int64)[place],
         corners,
         np.where(np.isfinite(given), given, products),
-        np.array(crowd, dtype=bool),
+        crowd.astype(bool),
         tuple(category for category in categories if category in own),
     )
 
@@ -168,27 +175,17 @@ def _folded(category: Category) -> str:
     return category.name.strip().casefold()
 
 
-def _is_super(category: Category, document: Any) -> bool:
+def _is_super(category: Category, tables: Tables) -> bool:
     """Whether a category only groups others, as the first one of Roboflow's exports does."""
-    entries = document["categories"]
-    [own] = [entry for entry in entries if read_identifier(entry["id"]) == category.id]
-    others = [entry.get("supercategory") for entry in entries if entry is not own]
-    return own.get("supercategory") in (None, "", "none") and category.name in others
+    columns = tables["categories"].columns
+    own = [read_identifier(value) == category.id for value in columns["id"]].index(True)
+    others = columns["supercategory"][:own] + columns["supercategory"][own + 1 :]
+    return columns["supercategory"][own] in (None, "", "none") and category.name in others
 
 
-def _parse(file: Path) -> Any:
-    """Parse JSON in UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:  # a JSONDecodeError names line and column
-        raise DataError(
-            expected="readable JSON", got=str(error), where=str(file), fix="check the path, or export it again"
-        ) from error
-
-
-def _read_categories(document: Any, file: Path) -> list[Category]:
+def _read_categories(tables: Tables, file: Path) -> list[Category]:
     """List the categories by ascending id."""
-    table = _Table(document, "categories", file)
+    table = _Reader(tables, "categories", file)
     ids = table.identifiers("id")
     names = table.column("name", read_name, "a text")
     if len({key_of(category) for category in ids}) < len(ids):
@@ -201,10 +198,10 @@ def _read_categories(document: Any, file: Path) -> list[Category]:
     return sorted(map(Category, ids, names), key=lambda category: order_of(category.id))
 
 
-def _read_images(document: Any, file: Path) -> tuple[ImageEntry, ...]:
+def _read_images(tables: Tables, file: Path) -> tuple[ImageEntry, ...]:
     """List the images in the order of the file."""
     # 1. Read the table.
-    table = _Table(document, "images", file)
+    table = _Reader(tables, "images", file)
     ids = table.identifiers("id")
     names = table.column("file_name", read_name, "a text")
     sides = [table.column(name, read_side, "a whole number of pixels") for name in ("width", "height")]
@@ -237,43 +234,86 @@ def _read_area(value: Any) -> float | None:
     return None if number is None or number < 0 else number
 
 
-class _Table:
-    """One list of entries of a file, read by columns."""
+def _plain_boxes(values: list[Any]) -> NDArray[np.float64] | None:
+    if not set(map(type, values)) <= {list} or not set(map(len, values)) <= {4}:
+        return None
+    return _plain_numbers(list(chain.from_iterable(values)))
 
-    def __init__(self, document: Any, name: str, file: Path) -> None:
-        entries = document.get(name) if isinstance(document, dict) else None
-        if not isinstance(entries, list):
+
+def _plain_areas(values: list[Any]) -> NDArray[np.float64] | None:
+    numbers = _plain_numbers(values)
+    return None if numbers is None or (numbers < 0).any() else numbers
+
+
+def _plain_flags(values: list[Any]) -> NDArray[np.float64] | None:
+    numbers = _plain_numbers(values)
+    return None if numbers is None or not np.isin(numbers, (0, 1)).all() else numbers
+
+
+def _plain_numbers(values: list[Any]) -> NDArray[np.float64] | None:
+    """Make an array of numbers that are written as such; None if some are not, or are too large."""
+    if not set(map(type, values)) <= {int, float}:
+        return None
+    try:
+        return np.array(values, dtype=np.float64)
+    except OverflowError:
+        return None
+
+
+class _Reader:
+    """Reads one table of a file by columns: values that are plain all at once, any others one by one."""
+
+    def __init__(self, tables: Tables, name: str, file: Path) -> None:
+        table = tables.get(name)
+        if not isinstance(table, Table):
             raise DataError(
-                expected=f"a list under {name!r}", got=shown(entries), where=str(file), fix="export as COCO instances"
+                expected=f"a list under {name!r}", got=shown(table), where=str(file), fix="export as COCO instances"
             )
-        self._entries, self._name, self._file = entries, name, file
+        self._columns, self._name, self._file = table.columns, name, file
 
     def column(self, name: str, read: Callable[[Any], T | None], meaning: str, *, optional: bool = False) -> list[T]:
         """Read one field of every entry; where an optional one is missing, ``read`` gets None."""
         values: list[T] = []
-        for n, entry in enumerate(self._entries):
-            raw = entry.get(name) if isinstance(entry, dict) else None
-            value = read(raw) if raw is not None or (optional and isinstance(entry, dict)) else None
+        for n, raw in enumerate(self._columns[name]):
+            value = read(raw) if raw is not None or optional else None
             if value is None:
                 raise self._error(n, f"{name!r} to be {meaning}", shown(raw), "complete or correct the entry")
             values.append(value)
         return values
 
+    def numbers(
+        self,
+        name: str,
+        read: Callable[[Any], Any],
+        meaning: str,
+        plain: Callable[[list[Any]], NDArray[np.float64] | None],
+        *,
+        optional: bool = False,
+    ) -> NDArray[np.float64]:
+        """Read one field of every entry as numbers, through ``plain`` where that takes all of them."""
+        quick = plain(self._columns[name])
+        return quick if quick is not None else np.array(self.column(name, read, meaning, optional=optional), np.float64)
+
     def identifiers(self, name: str) -> list[Identifier]:
         """Read a field that identifies an image or a category."""
         return self.column(name, read_identifier, "a whole number or a text")
 
-    def places(self, name: str, ids: Sequence[Identifier], table: str) -> list[int]:
+    def places(self, name: str, ids: Sequence[Identifier], table: str) -> NDArray[np.int64]:
         """Find the ids in one field of every entry among those of another table."""
+        # 1. Numbers are their own keys.
         place = {key_of(identifier): n for n, identifier in enumerate(ids)}
-        values = []
-        for n, identifier in enumerate(self.identifiers(name)):
-            found = place.get(key_of(identifier))
-            if found is None:
-                got = f"{name} {shown(identifier)}"
-                raise self._error(n, f"ids listed under {table}", got, "add what is missing there")
-            values.append(found)
-        return values
+        raws = self._columns[name]
+        found: list[int | None] = list(map(place.get, raws)) if set(map(type, raws)) == {int} else [None]
+
+        # 2. Whatever else there is.
+        if None in found:
+            found = []
+            for n, identifier in enumerate(self.identifiers(name)):
+                found.append(place.get(key_of(identifier)))
+                if found[-1] is None:
+                    got = f"{name} {shown(identifier)}"
+                    raise self._error(n, f"ids listed under {table}", got, "add what is missing there")
+        return np.array(found, dtype=np.int64)
 
     def _error(self, n: int, expected: str, got: str, fix: str) -> DataError:
         return DataError(expected=expected, got=got, where=f"{self._name}[{n}] of {self._file}", fix=fix)

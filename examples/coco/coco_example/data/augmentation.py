@@ -50,6 +50,28 @@ def augmentation(size: int, level: Level, short_side: int = 0) -> v2.Transform:
     return v2.Compose([*steps, *TIDY])
 
 
+def short_sides(size: int, short_side: int = 0) -> tuple[int, ...]:
+    """List the sizes of training on several scales: COCO's 480, 512, …, 800, or as much smaller as images are.
+
+    Args:
+        size: Longer side of the images, which bounds all where there is no bound of the shorter side.
+        short_side: Bound of the shorter side; 0: none.
+
+    Returns:
+        Bounds of the side that bounds images: the shorter one, or the longer one without such a bound.
+    """
+    largest = short_side or size
+    return tuple(round(largest * side / 800) for side in range(480, 801, 32))
+
+
+def scaled_augmentations(size: int, level: Level, short_side: int = 0) -> dict[int, v2.Transform]:
+    """Build the transforms for the sizes of `short_sides`, by size; the largest is `augmentation` itself."""
+    return {
+        side: augmentation(size, level, side) if short_side else augmentation(side, level)
+        for side in short_sides(size, short_side)
+    }
+
+
 class _Stretch:
     """Stretch images that are so thin that one side would vanish when the other is scaled to ``size`` pixels."""
 

@@ -6,7 +6,7 @@ Boxes are ``xyxy`` float32 pixels of the stored image. Labels run from 1 to K in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TypeAlias
 
@@ -31,7 +31,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     An item is an image (3, H, W) float32 RGB in 0..1 and a target of plain tensors: ``boxes`` (G, 4) float32 xyxy
     pixels, ``labels`` (G,) int64, ``image_id`` () int64: the place of its record in the index, because the file's own
-    id may be a text or larger than any int64. A plain index ``i`` stands for ``(0, i)``.
+    id may be a text or larger than any int64. A plain index ``i`` stands for ``(0, i)``. An item
+    ``(epoch, i, side)`` is transformed by ``scaled[side]`` instead.
     """
 
     index: CocoIndex = field(repr=False)
@@ -39,6 +40,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     _: KW_ONLY
     seed: int = 0  # not negative; starts all random numbers of an item, together with its epoch and index
     cache: bool = False  # keep decoded images (uint8) in memory, in each worker process: for small sets
+    scaled: Mapping[int, v2.Transform] = field(default_factory=dict)  # transforms for batches of a size of their own
     mosaic: float = 0.0  # probability of joining an image with three others; the first one's image_id stays
     stream: tuple[int, ...] = ()  # starts them, too: another set of the same seed draws other numbers
     _decoded: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -47,7 +49,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return len(self.index.records)
 
     def __getitem__(self, key: int | Key) -> tuple[Tensor, Target]:
-        epoch, i = key if isinstance(key, tuple) else (0, key)
+        epoch, i, *side = key if isinstance(key, tuple) else (0, key)
+        transform = self.scaled[side[0]] if side else self.transform
         with torch.random.fork_rng(devices=[]):
             # 1. Seed. Not with torch.manual_seed: it would also reseed the accelerators, which are not restored.
             state = np.random.SeedSequence((self.seed, epoch, i, *self.stream)).generate_state(1, np.uint64)
@@ -56,8 +59,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             join = torch.rand(()).item() < self.mosaic
             image, target = self._join(i) if join else self._load(i)
             # 3. Augment.
-            if self.transform is not None:
-                image, target = self.transform(image, target)
+            if transform is not None:
+                image, target = transform(image, target)
         # 4. Return plain tensors, pixels in 0..1.
         pixels = v2.functional.to_dtype(image.as_subclass(Tensor).contiguous(), torch.float32, scale=True)
         return pixels, {name: value.as_subclass(Tensor) for name, value in target.items()}
@@ -109,10 +112,10 @@ class MixedDataset(Dataset[tuple[Tensor, "Target | None"]]):
         return len(self.labelled) + len(self.unlabelled)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target | None]:
-        epoch, i = key
+        epoch, i, *side = key
         if i < len(self.labelled):
             return self.labelled[key]
-        image, _ = self.unlabelled[epoch, i - len(self.labelled)]
+        image, _ = self.unlabelled[(epoch, i - len(self.labelled), *side)]
         return image, None
 
 

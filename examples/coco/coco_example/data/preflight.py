@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from hashlib import sha256
 from pathlib import Path
@@ -158,11 +159,12 @@ def _suspicion(content: Annotations) -> str:
 
 def _vanishing(index: CocoIndex, size: int, short_side: int) -> list[str]:
     """Judge how many boxes are too thin to train on once the images are resized."""
-    sides = torch.tensor([[record.width, record.height] for record in index.records])  # (images, 2)
+    records = [(record.width, record.height, record.boxes) for record in index.records]
+    sides = torch.tensor([sides for *sides, _ in records])  # (images, 2)
     longer, shorter = sides.amax(dim=1), sides.amin(dim=1)
     factor = size / longer if short_side == 0 else torch.minimum(size / longer, short_side / shorter)
-    factor = factor.repeat_interleave(torch.tensor([len(record.boxes) for record in index.records]))
-    corners = torch.cat([record.boxes for record in index.records])
+    factor = factor.repeat_interleave(torch.tensor([len(boxes) for *_, boxes in records]))
+    corners = torch.cat([boxes for *_, boxes in records])
     lost = int(((corners[:, 2:] - corners[:, :2]) * factor[:, None] < THIN).any(dim=1).sum())
     file, boxes = index.annotations.file, index.report.boxes
     if lost == boxes:
@@ -180,8 +182,9 @@ def _vanishing(index: CocoIndex, size: int, short_side: int) -> list[str]:
 
 def _shared(train: CocoIndex, val: CocoIndex) -> list[str]:
     """Judge how many pictures are in both splits."""
-    folders = {folder: folder.resolve() for split in (train, val) for folder in {r.path.parent for r in split.records}}
-    seen, again = ([folders[r.path.parent] / r.path.name for r in split.records] for split in (train, val))
+    places = [[os.path.split(record.path) for record in split.records] for split in (train, val)]
+    folders = {folder: os.path.realpath(folder) for split in places for folder in {folder for folder, _ in split}}
+    seen, again = ([(folders[folder], name) for folder, name in split] for split in places)
     both = len(set(seen) & set(again))
     if both == 0:
         return []

@@ -10,40 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from coco_example.data.annotations import Annotations, Category, read_annotations
 from coco_example.data.layouts import find_pictures
+from coco_example.data.records import ImageRecord, ImageRecords
 from coco_example.data.values import Identifier
 
 _MIN_SIDE = 1.0  # pixels; what is thinner than a pixel of its own picture cannot be learnt
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """One image and its objects: ``boxes`` (G, 4) float32 xyxy pixels, ``labels`` (G,) int64 in 1..K.
-
-    ``id`` is the file's own, a number of any size or a text; tensors hold the record's place in the index instead.
-    """
-
-    id: Identifier
-    path: Path
-    width: int
-    height: int
-    boxes: Tensor
-    labels: Tensor
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Sent to a worker process as a tensor, each would take a file descriptor, and COCO has 236,000 of them.
-        return _record, (self.id, self.path, self.width, self.height, self.boxes.numpy(), self.labels.numpy())
-
-
-def _record(*fields: Any) -> ImageRecord:
-    return ImageRecord(*fields[:4], *map(torch.from_numpy, fields[4:]))
 
 
 @dataclass(frozen=True)
@@ -69,7 +44,7 @@ class CocoIndex:
     ``annotations`` has what scoring needs besides: crowds, areas, and boxes as the file has them.
     """
 
-    records: tuple[ImageRecord, ...]
+    records: Sequence[ImageRecord]
     report: ScanReport
     annotations: Annotations
 
@@ -89,7 +64,9 @@ class CocoIndex:
         return len(self.categories) + 1
 
 
-def read_coco(images: Path, annotations: Path, classes: Sequence[Category] | None = None) -> CocoIndex:
+def read_coco(
+    images: Path, annotations: Path, classes: Sequence[Category] | None = None, *, progress: bool = False
+) -> CocoIndex:
     """Read a COCO instances file and check that every image is on disk, without opening any.
 
     Crowd regions, boxes thinner than a pixel or not finite, and boxes outside their image are dropped and counted;
@@ -99,13 +76,14 @@ def read_coco(images: Path, annotations: Path, classes: Sequence[Category] | Non
         images: The folder that the file's ``file_name`` entries are relative to.
         annotations: The JSON file.
         classes: Classes of the run, which the file must not contradict. Its own by default.
+        progress: Whether to show a bar on a terminal while a large file is read.
 
     Raises:
         DataError: If the file is malformed or contradicts itself or ``classes``, or an image is missing or outside
             ``images``.
     """
     # 1. Read the file and find its pictures.
-    content = read_annotations(annotations, classes)
+    content = read_annotations(annotations, classes, progress=progress)
     paths = find_pictures(images, [entry.file_name for entry in content.images], annotations)
     owner, label, xywh = content.owner, content.label, content.xywh
     limit = np.array([[entry.width, entry.height] for entry in content.images], dtype=np.float64)
@@ -123,15 +101,18 @@ def read_coco(images: Path, annotations: Path, classes: Sequence[Category] | Non
     # 3. Group them by image, in the order of the file.
     order = np.argsort(owner, kind="stable")
     order = order[inside[order]]
-    counts = np.bincount(owner[order], minlength=len(paths)).tolist()
-    boxes = torch.split(torch.from_numpy(np.hstack([low, high])[order].astype(np.float32)), counts)
-    labels = torch.split(torch.from_numpy(label[order]), counts)
+    counts = np.bincount(owner[order], minlength=len(paths))
+    boxes = np.hstack([low, high])[order].astype(np.float32)
 
     # 4. Count what was dropped and clipped.
     tallies = [int(mask.sum()) for mask in (content.crowd, known & ~sound, sound & ~inside, moved)]
-    report = ScanReport(len(paths), counts.count(0), len(order), *tallies)
-    records = tuple(
-        ImageRecord(entry.id, path, entry.width, entry.height, *objects)
-        for entry, path, *objects in zip(content.images, paths, boxes, labels, strict=True)
+    report = ScanReport(len(paths), int((counts == 0).sum()), len(order), *tallies)
+    records = ImageRecords(
+        [entry.id for entry in content.images],
+        paths,
+        [(entry.width, entry.height) for entry in content.images],
+        counts.tolist(),
+        boxes,
+        label[order],
     )
     return CocoIndex(records, report, content)

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from coco_example.errors import DataError
 
-Key: TypeAlias = tuple[int, int]  # epoch, index
+Key: TypeAlias = tuple[int, ...]  # epoch, index, and the short side of its batch where batches have sizes of their own
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class ResumableSampler(Sampler[list[Key]]):
 
     Batch k depends on the arguments and k alone: with ``start_batch=k``, a resumed run continues as if it had not
     stopped. All ranks cut one permutation per epoch, and global batch k stays the same while
-    ``batch_size * world_size`` does. The incomplete last batch of an epoch is left out; a set smaller than one global
+    ``batch_size * world_size`` does. With ``short_sides``, all ranks get a batch of one size, drawn for each, so that
+    none waits for larger images. The incomplete last batch of an epoch is left out; a set smaller than one global
     batch is repeated to fill it.
     """
 
@@ -33,6 +34,7 @@ class ResumableSampler(Sampler[list[Key]]):
     world_size: int = 1
     start_batch: int = 0  # batches already done since the training began
     stream: tuple[int, ...] = ()  # further numbers that the order is drawn from
+    short_sides: tuple[int, ...] = ()  # sizes of the batches; none: keys have no size
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.batch_size < 1 or not 0 <= self.rank < self.world_size or self.start_batch < 0:
@@ -53,8 +55,13 @@ class ResumableSampler(Sampler[list[Key]]):
         for epoch in itertools.count(first):
             order = np.random.default_rng((self.seed, epoch, *self.stream)).permutation(self.length)
             batches = np.resize(order, (self.batches_per_epoch, self.world_size, self.batch_size))[:, self.rank]
-            for batch in batches[done:].tolist():
-                yield [(epoch, i) for i in batch]
+            # Another stream of random numbers than the order's, which stays what it is without sizes.
+            drawn = np.random.default_rng((self.seed, epoch, 1)).integers(
+                max(1, len(self.short_sides)), size=len(batches)
+            )
+            for batch, n in zip(batches[done:].tolist(), drawn[done:].tolist(), strict=True):
+                side = self.short_sides[n : n + 1]  # one, or none
+                yield [(epoch, i, *side) for i in batch]
             done = 0
 
 
@@ -77,4 +84,4 @@ def mixed(first: Iterable[list[Key]], second: Iterable[list[Key]], length: int) 
         length: Images of the first set, behind which those of the second are counted.
     """
     for own, others in zip(first, second, strict=True):
-        yield [*own, *((epoch, length + i) for epoch, i in others)]
+        yield [*own, *((epoch, length + i, *own[0][2:]) for epoch, i, *_ in others)]  # all of one size

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from coco_example.data.annotations import Annotations, ImageEntry
 from coco_example.data.pictures import picture_sizes, pictures_below
-from coco_example.data.reader import CocoIndex, ImageRecord, ScanReport
+from coco_example.data.reader import CocoIndex, ScanReport
+from coco_example.data.records import ImageRecords
 from coco_example.errors import DataError
 
 __all__ = ["read_unlabelled"]
@@ -66,8 +66,12 @@ def _index(folder: Path, entries: list[ImageEntry]) -> CocoIndex:
     content = Annotations(
         folder, (), (), tuple(entries), many, many, none.reshape(0, 4), none, np.zeros(0, dtype=np.bool_)
     )
-    boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    records = tuple(
-        ImageRecord(entry.id, folder / str(entry.id), entry.width, entry.height, boxes, labels) for entry in entries
+    records = ImageRecords(
+        [entry.id for entry in entries],
+        [folder / str(entry.id) for entry in entries],
+        [(entry.width, entry.height) for entry in entries],
+        [0] * len(entries),
+        np.zeros((0, 4), dtype=np.float32),
+        many,
     )
     return CocoIndex(records, ScanReport(len(entries), len(entries), 0, 0, 0, 0, 0), content)

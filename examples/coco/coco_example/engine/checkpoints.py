@@ -15,7 +15,7 @@ from torch import Tensor
 from coco_example.errors import RunError, first_line
 from coco_example.files import digest, write_with
 
-__all__ = ["CHECKPOINTS", "check_processes", "load_checkpoint", "misfit", "read_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINTS", "load_checkpoint", "misfit", "read_checkpoint", "save_checkpoint"]
 
 CHECKPOINTS = ("last.pt", "previous.pt")  # newest first
 
@@ -115,21 +115,6 @@ def read_checkpoint(path: Path) -> State:
     if not whole:
         raise RunError("it has changed since it was written")
     return state
-
-
-def check_processes(state: State, count: int, folder: Path) -> None:
-    """See that a run goes on with as many processes as its checkpoint is of.
-
-    Raises:
-        RunError: There are more or fewer.
-    """
-    if len(state["random"]) != count:
-        raise RunError(
-            expected=f"{len(state['random'])} processes, as the run was started with",
-            got=f"{count}",
-            where=f"{folder}",
-            fix="resume with as many, because its steps and schedule depend on them",
-        )
 
 
 def misfit(own: State, state: State, *, total_steps: int, random: dict[str, Tensor]) -> str | None:

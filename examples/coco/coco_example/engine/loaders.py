@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,9 +23,13 @@ from coco_example.engine.signals import deferred_signals, leave_signals_alone
 from coco_example.errors import DataError, FileError, RunError, first_line
 from crosskd_assign.errors import CrossKDError
 
-__all__ = ["loaded"]
+__all__ = ["loaded", "spare_processes"]
 
 _PATIENCE = 10.0  # seconds
+_FEW_CORES = 4  # of fewer, training itself leaves none
+_MOST_PROCESSES = 4  # feed an H100 twice over, see docs/benchmarks.md; each holds two batches in shared memory
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - not written to here
+_LEAST_SHARED = 1 << 30  # bytes; a container often has 64 MiB
 
 Item: TypeAlias = tuple[Tensor, Target | None]
 Batch: TypeAlias = tuple[list[Tensor], list[Any]]
@@ -37,12 +44,14 @@ def loaded(
     Args:
         dataset: The images.
         batches: Keys of the images of each batch.
-        workers: Processes that load; 0: this one.
+        workers: Processes that load; 0: this one; -1: as many as `spare_processes`, and no more than there are batches.
         pin_memory: Whether batches go to an accelerator.
 
     Raises:
         CrossKDError: An image cannot be loaded, or a process was killed.
     """
+    if workers < 0:
+        workers = min(spare_processes(), len(batches) if isinstance(batches, Sized) else sys.maxsize)
     others = set(multiprocessing.active_children())
     loader: DataLoader[Any] = DataLoader(
         _Guarded(dataset),
@@ -56,7 +65,12 @@ def loaded(
     iterator: Any = None
     try:
         with deferred_signals():
-            iterator = iter(loader)
+            # A collection in a forked process writes to every object, and so copies all memory that it shares.
+            gc.freeze()
+            try:
+                iterator = iter(loader)
+            finally:
+                gc.unfreeze()
         yield _received(iterator)
     except RuntimeError as error:  # raised anywhere in the block, by torch's handler of SIGCHLD
         if not str(error).startswith("DataLoader worker"):
@@ -65,6 +79,18 @@ def loaded(
     finally:
         with deferred_signals():
             _end(iterator, set(multiprocessing.active_children()) - others)
+
+
+def spare_processes() -> int:
+    """Count the processes that may load images for this one: its share of the cores but one; 0 on a small machine."""
+    if sys.platform != "linux":
+        return 0  # where processes are not forked, each gets a copy of the annotations
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        room = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        room = 0
+    return min(cores - 1, _MOST_PROCESSES) if cores >= _FEW_CORES and room >= _LEAST_SHARED else 0
 
 
 def _end(iterator: Any, processes: Iterable[Any]) -> None:

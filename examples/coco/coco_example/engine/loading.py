@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from coco_example.data.augmentation import augmentation
+from coco_example.data.augmentation import augmentation, scaled_augmentations
 from coco_example.data.dataset import CocoDataset, MixedDataset, Target
 from coco_example.data.reader import CocoIndex
 from coco_example.data.sampler import Key, ResumableSampler, mixed, parts_of
@@ -41,6 +41,9 @@ class TrainingData:
         self._options, self._worker = options, worker
         self.dataset = self._augmented(index)
         self.unlabelled = None if unlabelled is None else self._augmented(unlabelled, _UNLABELLED)
+        # Each process that loads would keep a copy of the images.
+        data = options.dataset
+        self._loaders = 0 if data.cache and data.workers < 0 else data.workers
         self.steps_per_epoch = self._sampler(0).batches_per_epoch
 
     @property
@@ -56,6 +59,7 @@ class TrainingData:
             seed=self._options.seed,
             cache=data.cache,
             mosaic=data.mosaic,
+            scaled=scaled_augmentations(model.size, data.augmentation, model.short_side) if data.multi_scale else {},
             stream=stream,
         )
 
@@ -72,6 +76,7 @@ class TrainingData:
             world_size=self._worker.count,
             start_batch=step,
             stream=stream,
+            short_sides=tuple(self.dataset.scaled),
         )
 
     def _source(self, step: int) -> tuple[Dataset[tuple[Tensor, Target | None]], Iterable[list[Key]]]:
@@ -88,7 +93,7 @@ class TrainingData:
         """Load endless batches from a step on, onto the process's device, until the block ends."""
         device = self._worker.device
         dataset, order = self._source(step)
-        with loaded(dataset, order, workers=self._options.dataset.workers, pin_memory=device.type == "cuda") as batches:
+        with loaded(dataset, order, workers=self._loaders, pin_memory=device.type == "cuda") as batches:
             yield (moved(images, targets, device) for images, targets in batches)
 
 

@@ -30,7 +30,7 @@ from coco_example.errors import RunError
 from coco_example.files import read_json, write_json
 from coco_example.options import Options
 
-__all__ = ["check_folder", "check_options", "claimed_folder", "environment", "goes_on", "open_folder"]
+__all__ = ["check_folder", "check_options", "claimed_folder", "environment", "goes_on", "open_folder", "same_step"]
 
 # What a run that was killed before its first checkpoint may leave: nothing that anybody would miss.
 _FIRST = {LOCK, "config.json", "run.json", "environment.json", "metrics.jsonl", "batch0.png"}
@@ -84,7 +84,7 @@ def claimed_folder(folder: Path, options: Options, worker: Worker) -> Iterator[b
         def claim() -> bool:
             check_folder(folder, resume=options.resume)  # once without a trace, and once when nobody else can change it
             if options.resume:
-                check_options(folder, options)
+                check_options(folder, options, worker.count)
             held.enter_context(locked_folder(folder))
             check_folder(folder, resume=options.resume)
             return options.resume and any((folder / name).exists() for name in CHECKPOINTS)
@@ -92,13 +92,16 @@ def claimed_folder(folder: Path, options: Options, worker: Worker) -> Iterator[b
         yield worker.first_does(claim)
 
 
-def open_folder(folder: Path, options: Options, inputs: dict[str, Any], *, begun: bool) -> str | None:
+def open_folder(
+    folder: Path, options: Options, inputs: dict[str, Any], processes: int = 1, *, begun: bool
+) -> str | None:
     """Write what a run starts with into its folder, or see that a run that goes on has the same inputs.
 
     Args:
         folder: The folder, claimed.
         options: The run's.
         inputs: Descriptions of its data and its teacher, by name.
+        processes: Number of processes.
         begun: Whether there is a checkpoint; else what a run left that never got one is replaced.
 
     Returns:
@@ -121,13 +124,41 @@ def open_folder(folder: Path, options: Options, inputs: dict[str, Any], *, begun
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
     identity = uuid.uuid4().hex
     write_json(folder / "environment.json", environment(options.device))
-    write_json(path, {"id": identity, **inputs})
+    write_json(path, {"id": identity, "step_images": options.step_images(processes), **inputs})
     write_json(folder / "config.json", options.as_flat())  # last: with it, the run can be resumed
     return identity
 
 
-def check_options(folder: Path, options: Options) -> None:
+def same_step(folder: Path, options: Options, processes: int) -> bool:
+    """Return whether the steps of a run have as many images as when it was started, on however many processes.
+
+    Where a share of every batch has no labels, they have as many of each kind only with the same batches.
+    """
+    if options.dataset.unlabelled:
+        return False
+    path = folder / "run.json"  # earlier versions noted nothing, or less
+    return path.exists() and read_json(path).get("step_images") == options.step_images(processes)
+
+
+def check_processes(then: int, now: int, folder: Path, options: Options) -> None:
+    """See that a run goes on with as many processes as its checkpoint is of, or with steps of as many images.
+
+    Raises:
+        RunError: There are more or fewer.
+    """
+    if then != now and not same_step(folder, options, now):
+        raise RunError(
+            expected=f"{then} processes, as the run was started with",
+            got=f"{now}",
+            where=f"{folder}",
+            fix="resume with as many, or change --batch-size so that a step has as many images as before",
+        )
+
+
+def check_options(folder: Path, options: Options, processes: int = 1) -> None:
     """See that a resumed run has the options it was started with.
+
+    Images a process may differ where the images a step do not.
 
     Raises:
         RunError: It has others, which are named with both values.
@@ -136,6 +167,8 @@ def check_options(folder: Path, options: Options) -> None:
     then = read_json(path)
     if "arm" not in then:  # an empty list of differences would only mean that all have their defaults
         raise RunError(expected="the options of a run", got="something else", where=f"{path}", fix="restore that file")
+    if same_step(folder, options, processes):
+        then |= {"batch_size": options.training.batch_size}
     _refuse(folder, "options", options.differences(then), "repeat them")
 
 

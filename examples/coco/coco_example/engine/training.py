@@ -14,13 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from coco_example.data.dataset import Target
 from coco_example.data.reader import CocoIndex
-from coco_example.engine.checkpoints import check_processes, load_checkpoint, misfit, save_checkpoint
+from coco_example.engine.checkpoints import load_checkpoint, misfit, save_checkpoint
 from coco_example.engine.distributed import Worker
 from coco_example.engine.loading import TrainingData
 from coco_example.engine.loss_checks import LossChecks, check_weights
 from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.optimization import Optimization
 from coco_example.engine.randomness import random_state, set_random_state
+from coco_example.engine.run_folder import check_processes
 from coco_example.engine.signals import Signals
 from coco_example.engine.validation import ValidationLosses
 from coco_example.options import Options
@@ -227,21 +228,24 @@ class Training:
         """Continue from the newest checkpoint in the folder that is whole and belongs to this run.
 
         Raises:
-            RunError: There is none, or it is of more or fewer processes.
+            RunError: There is none, or its steps have more or fewer images.
         """
         # 1. The first process sets aside what is damaged, so that all take the same.
         chosen: dict[str, Any] = {}
         self.worker.first_does(lambda: chosen.update(load_checkpoint(self.folder, self._wrong)))
         state = chosen or load_checkpoint(self.folder)
 
-        # 2. The same number of processes.
-        check_processes(state, self.worker.count, self.folder)
+        # 2. The same number of processes, or steps of as many images.
+        states = state["random"]
+        check_processes(len(states), self.worker.count, self.folder, self.options)
 
         # 3. Parts and random numbers.
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
-        set_random_state(state["random"][self.worker.rank], self.worker.device)
+        # One more process than before has drawn nothing yet; images and their order do not depend on this state.
+        if self.worker.rank < len(states):
+            set_random_state(states[self.worker.rank], self.worker.device)
 
     def _wrong(self, state: dict[str, Any]) -> str | None:
         """Describe why a state is no checkpoint of this run; None if it is one."""

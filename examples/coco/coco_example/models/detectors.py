@@ -85,12 +85,13 @@ def _conv_norm_relu(channels_in: int, channels_out: int, stride: int) -> nn.Sequ
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
 
 
-def build_detector(options: ModelOptions, num_classes: int) -> nn.Module:
+def build_detector(options: ModelOptions, num_classes: int, *, resize_to_train: bool = True) -> nn.Module:
     """Build a torchvision detector with weights drawn at random, but for those that ``options`` name.
 
     Args:
         options: Which one.
         num_classes: Classes, background included.
+        resize_to_train: Whether images are resized in training as for detection; else they are taken as they come.
 
     Raises:
         ModelError: Unknown names, numbers that cannot be, or weights that do not fit.
@@ -120,6 +121,7 @@ def build_detector(options: ModelOptions, num_classes: int) -> nn.Module:
 
     # 3. Anchors and head.
     sides = {"min_size": options.short_side or options.size, "max_size": options.size}
+    sides |= {} if resize_to_train else {"_skip_resize": True}
     detector: nn.Module
     if options.architecture == "fcos":
         anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))

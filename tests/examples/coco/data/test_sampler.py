@@ -65,3 +65,18 @@ class TestSampler:
     def test_rejects_what_cannot_be_sampled(self, length, options):
         with pytest.raises(DataError, match=r"at least one image and a rank below world_size"):
             ResumableSampler(length, 2, **options)
+
+    def test_batches_of_several_sizes_are_the_same_images_and_all_ranks_have_one_size(self):
+        sides = (480, 640, 800)
+        plain = take(ResumableSampler(50, 8, seed=2), 40)
+        ranks = [
+            take(ResumableSampler(50, 4, seed=2, rank=rank, world_size=2, short_sides=sides), 40) for rank in range(2)
+        ]
+        for k, keys in enumerate(plain):
+            [side] = {key[2] for batches in ranks for key in batches[k]}
+            assert side in sides
+            assert sorted((epoch, i) for batches in ranks for epoch, i, _ in batches[k]) == sorted(keys)
+        drawn = [batch[0][2] for batch in ranks[0]]
+        assert all(drawn.count(side) >= 5 for side in sides)
+        late = ResumableSampler(50, 4, seed=2, rank=1, world_size=2, short_sides=sides, start_batch=17)
+        assert take(late, 23) == ranks[1][17:]

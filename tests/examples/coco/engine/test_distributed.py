@@ -96,15 +96,20 @@ def test_waiting_ends_when_the_other_fails_or_a_signal_comes():
 SCRIPT = """
 import sys, time
 from datetime import timedelta
+from types import SimpleNamespace
 from coco_example.engine.distributed import join_workers
+from coco_example.evaluation import evaluation
 
-def work():
+def score(*_, **__):
     time.sleep(3)
     return "scores"
 
+evaluation.detect = lambda *_, worker, **__: worker.gather(time.sleep(3 * (1 - worker.rank)))
+evaluation.score = score
+
 try:
     with join_workers(timedelta(seconds=1)) as worker:
-        values = worker.first_does(work)
+        values = evaluation.evaluate(SimpleNamespace(top_k=100), None, worker=worker)
         time.sleep(3 * worker.rank)
         print(worker.rank, values, worker.gather(worker.rank), flush=True)
         if worker.first:
@@ -117,7 +122,9 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_work_that_takes_longer_than_the_groups_time_out_is_waited_for_and_a_lost_process_is_a_sentence(tmp_path):
+def test_an_evaluation_longer_than_the_groups_time_out_is_waited_for_and_a_lost_process_is_a_sentence(
+    tmp_path,
+):
     path = tmp_path / "work.py"
     path.write_text(SCRIPT)
     examples = Path(sys.modules["train"].__file__ or "").parent

@@ -20,6 +20,7 @@ from coco_example.engine.checkpoints import load_checkpoint, save_checkpoint
 from coco_example.engine.run_folder import check_folder
 from coco_example.engine.run_lock import LOCK
 from coco_example.errors import RunError
+from coco_example.files import read_json, write_json
 from coco_example.models.detectors import build_detector
 from coco_example.models.saved_model import load_model, save_model
 from coco_example.options import ModelOptions
@@ -313,7 +314,21 @@ def test_a_checkpoint_of_another_run_is_passed_over(workshop, stopped, whole, te
     assert (run / "metrics.jsonl").read_bytes() == log
 
 
-def test_a_run_of_two_processes_is_not_resumed_by_one(workshop, stopped, run, capsys):
+def test_a_run_of_two_processes_is_resumed_by_one_where_a_step_has_as_many_images(
+    workshop, stopped, whole, run, capsys
+):
+    state = load_checkpoint(run)
+    save_checkpoint(run, {**state, "random": state["random"] * 2})
+    write_json(run / "config.json", {**read_json(run / "config.json"), "batch_size": 4})  # on each of two
+    assert workshop.train(run, **{**stopped[1], "batch_size": 4}, resume=True) == 2
+    assert "Expected 2 processes, as the run was started with, but got 1" in capsys.readouterr().err
+    assert workshop.train(run, **stopped[1], resume=True) == 0
+    assert_same_run(run, whole)
+
+
+def test_a_run_of_an_older_version_on_two_processes_is_not_resumed_by_one(workshop, stopped, run, capsys):
+    older = {name: value for name, value in read_json(run / "run.json").items() if name != "step_images"}
+    write_json(run / "run.json", older)
     state = load_checkpoint(run)
     save_checkpoint(run, {**state, "random": state["random"] * 2})
     assert workshop.train(run, **stopped[1], resume=True) == 2

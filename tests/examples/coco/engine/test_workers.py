@@ -58,3 +58,53 @@ def test_two_processes_train_write_once_evaluate_in_shares_stop_together_and_res
     assert [line["scores"] for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"] == scores
     mine, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
     assert all(torch.equal(mine[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_are_one_with_synchronised_batch_norm_and_go_on_as_one_where_they_were_stopped(
+    workshop, script, tmp_path, monkeypatch
+):
+    def options(count: int) -> dict[str, Any]:
+        return {"arm": "one-to-one", "epochs": 2, "batch_size": 4 // count, "save_every": 1, "sync_batch_norm": True}
+
+    def losses(folder: Path) -> torch.Tensor:
+        lines = [line for line in read_metrics(folder) if line["kind"] == "train"]
+        return torch.tensor([list(line["losses"].values()) for line in lines])
+
+    def start(folder: Path, **more: Any) -> Any:
+        module = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        return script("train.py", *workshop.arguments(folder, **{**options(2), **more}), module=module)
+
+    # 1. One process, and two.
+    assert workshop.train(tmp_path / "one", **options(1)) == 0
+    two = start(tmp_path / "two")
+    _, errors = two.communicate()
+    assert two.returncode == 0, errors
+    mine, expected = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")
+    )  # each logs its own losses
+    for name, value in expected.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+    # 2. Two are stopped, and one goes on.
+    stopped = start(tmp_path / "run")
+    while len(read_metrics(tmp_path / "run")) < 5:
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.01)
+    os.kill(stopped.pid, signal.SIGTERM)
+    stopped.communicate()
+    done = len(losses(tmp_path / "run"))
+    assert done < 12
+    assert workshop.train(tmp_path / "run", **options(1), resume=True) == 0
+    assert len(losses(tmp_path / "run")) == 12
+    alone, expected_losses = losses(tmp_path / "run")[done:], losses(tmp_path / "one")[done:]
+    torch.testing.assert_close(alone, expected_losses, rtol=1e-4, atol=1e-4)
+
+    # 3. Without synchronisation they differ, and are told so.
+    apart = start(tmp_path / "apart", sync_batch_norm=False, epochs=1)
+    _, errors = apart.communicate()
+    assert apart.returncode == 0, errors
+    messages = [line["message"] for line in read_metrics(tmp_path / "apart") if line["kind"] == "event"]
+    assert any("--sync-batch-norm" in message for message in messages)
+    assert not any("--sync-batch-norm" in str(line) for line in read_metrics(tmp_path / "two"))
