@@ -15,16 +15,12 @@ from typing import Any
 import torch
 from coco_example.commands import run_command, say
 from coco_example.data.dataset import CocoDataset
-from coco_example.data.layouts import locate_split
-from coco_example.data.preflight import judge_pictures, judge_splits, judge_unlabelled
-from coco_example.data.reader import CocoIndex, read_coco
-from coco_example.data.scenes import write_scenes
-from coco_example.data.unlabelled import read_unlabelled
-from coco_example.data.values import Identifier
+from coco_example.data.reader import CocoIndex
 from coco_example.engine.best import Best
 from coco_example.engine.compilation import compile_backbones
 from coco_example.engine.distributed import Worker, join_workers
 from coco_example.engine.identity import describe_data, describe_teacher
+from coco_example.engine.inputs import load_data, load_judged_teacher, load_unlabelled
 from coco_example.engine.loading import TrainingData
 from coco_example.engine.loggers import Loggers
 from coco_example.engine.metrics_log import MetricsLog
@@ -42,28 +38,23 @@ from coco_example.figures.report import draw_report
 from coco_example.files import write_json
 from coco_example.models.batch_norm import learns_batch_norm, synchronise_batch_norm
 from coco_example.models.conversion import (
-    Source,
-    classes_of_run,
     in_labels_of,
     load_source,
-    refuse_unknown,
     trained_labels,
 )
 from coco_example.models.detectors import build_detector
-from coco_example.models.methods import METRICS, build_method, freeze, needs_teacher
+from coco_example.models.methods import METRICS, build_method, freeze
 from coco_example.models.saved_model import ModelSpec, save_model, save_spec
 from coco_example.models.score_thresholds import ScoreThresholds
-from coco_example.models.teachers import TeacherInTraining, load_teacher
+from coco_example.models.teachers import load_teacher
 from coco_example.options import Options, parse_options
 from torch import nn
 
 from crosskd_assign import adapt, inherit
-from crosskd_assign.detectors.probing import evaluation_mode
 from crosskd_assign.structures import Target
 
 __all__ = ["run"]
 
-PREFLIGHT_IMAGES = 64
 CHOSEN_ON = "validation images"  # score thresholds
 
 _BATCH_NORM = (
@@ -100,10 +91,10 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
     asked, source = options, load_source(options)
     if source is not None:
         options = replace(options, model=source.at_own_size(options.model))
-    train, val = _load_data(options, worker)
+    train, val = load_data(options, worker)
     spec = _spec(options, train) if source is None else source.spec(options.model, train)
     train = in_labels_of(train, spec)
-    unlabelled = _load_unlabelled(options, train, val, worker)
+    unlabelled = load_unlabelled(options, train, val, worker)
 
     # 2. The detector. Its weights are drawn from the seed alone; what is drawn later depends on the rank, too.
     torch.manual_seed(options.seed)
@@ -116,7 +107,7 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
         synchronise_batch_norm(model, worker.device)
 
     # 3. What it learns from, what it starts with, and how it is trained.
-    teacher, labels = _load_teacher(options, model, val, worker, source, check=not begun)
+    teacher, labels = load_judged_teacher(options, model, val, worker, source, check=not begun)
     if source is None:
         _inherit(options, model, teacher, worker)
     classes = trained_labels(train, spec)
@@ -276,94 +267,6 @@ def _finish(
         assigner=None if spec.one_to_many else METRICS[options.method.metric],
     )
     return scores
-
-
-def _load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
-    """Read both splits in the classes of the first, and judge them before any time is spent on them."""
-    # 1. Read them.
-    data, root = options.dataset, Path(options.dataset.data_path)
-    if data.data == "demo" and worker.first:
-        write_scenes(root)
-    worker.wait()
-    classes = classes_of_run(options.teachers.convert)
-    train_files = locate_split(root, "train", data.train_annotations, data.train_images)
-    train = read_coco(*train_files, classes, progress=worker.first)
-    refuse_unknown(train.annotations.unknown, train)
-    val_files = locate_split(root, "val", data.val_annotations, data.val_images)
-    val = read_coco(*val_files, train.categories, progress=worker.first)
-
-    # 2. Judge them. Validation pictures are decoded, too: a broken one would be found after the last epoch.
-    model = options.model
-    warnings = judge_splits(train, val, size=model.size, short_side=model.short_side, top_k=model.top_k)
-    if worker.first:
-        for warning in warnings:
-            say(f"warning: {warning}")
-        judge_pictures(train)
-        judge_pictures(val, decode=True)
-    worker.wait()
-    return train, val
-
-
-def _load_unlabelled(options: Options, train: CocoIndex, val: CocoIndex, worker: Worker) -> CocoIndex | None:
-    """Find the pictures without labels, if a folder of them is named."""
-    if not options.dataset.unlabelled:
-        return None
-    unlabelled, warnings = read_unlabelled(Path(options.dataset.unlabelled))
-    if worker.first:
-        for warning in (*warnings, *judge_unlabelled(unlabelled, train, val)):
-            say(f"warning: {warning}")
-    worker.wait()
-    return unlabelled
-
-
-def _load_teacher(
-    options: Options, student: nn.Module, val: CocoIndex, worker: Worker, source: Source | None, *, check: bool
-) -> tuple[nn.Module | None, dict[int, Identifier]]:
-    """Load the teacher, if one is named and used, and the COCO category of each of its labels."""
-    given = options.teachers
-    used = needs_teacher(options.method.arm) or given.inherit or given.convert
-    reference = given.convert or given.teacher
-    if not (reference and used):
-        return None, {}
-    if source is None:
-        teacher, labels = load_teacher(reference, options.model, val.categories)
-    else:
-        teacher, labels = source.model, source.labels
-    teacher.to(worker.device)
-    if check:
-        _preflight(teacher, student, val, labels, options, worker)
-    return teacher, labels
-
-
-def _preflight(
-    teacher: nn.Module,
-    student: nn.Module,
-    val: CocoIndex,
-    labels: dict[int, Identifier],
-    options: Options,
-    worker: Worker,
-) -> None:
-    """Refuse a teacher that detects nothing: wrong weights, labels or normalisation would waste the whole run."""
-    own = adapt(student)
-    detector = TeacherInTraining(adapt(teacher), "class_quality", options.model.top_k, student=own)
-    with evaluation_mode(own):  # whose preprocessing draws random numbers in training
-        scores = evaluate(
-            detector,
-            val,
-            label_to_category=labels,
-            limit=PREFLIGHT_IMAGES,
-            batch_size=options.training.batch_size,
-            worker=worker,
-        )
-    if worker.first:
-        say(f"teacher on {scores.images} validation images: AP {100 * scores.nms.ap:.1f} with NMS")
-    if not scores.nms.ap >= options.teachers.teacher_floor:
-        raise RunError(
-            expected=f"a teacher with an AP of at least {options.teachers.teacher_floor}",
-            got=f"{scores.nms.ap:.4f} on {scores.images} validation images",
-            where=options.teachers.convert or options.teachers.teacher,
-            fix="check that it was trained to the end, on these classes and at this size; or lower --teacher-floor",
-        )
 
 
 def _detector(network: nn.Module, options: Options) -> Detector:

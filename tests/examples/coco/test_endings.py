@@ -160,7 +160,7 @@ def test_a_file_where_a_folder_should_be_is_a_sentence_of_every_command(
     place = tmp_path / "place"
     arguments = break_in(command, student, scenes_folder, place)
     monkeypatch.setattr(export, "export_onnx", lambda _, path, **__: write_whole(path, b""))  # takes a minute
-    monkeypatch.setattr(train, "_load_data", lambda *_: pytest.fail("later than needed"))
+    monkeypatch.setattr(train, "load_data", lambda *_: pytest.fail("later than needed"))
     assert COMMANDS[command].main([str(argument) for argument in arguments]) == 2  # type: ignore[attr-defined]
     assert str(place) in sentence(capsys.readouterr().err)
     assert place.read_text() == "a file"
