@@ -133,3 +133,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "reference" / "distillation.html").read_text(encoding="utf-8")
     assert 'id="crosskd_assign.distillation.cross_head.CrossHeadDistiller"' in page
+
+
+def test_the_readme_can_be_read_to_its_end():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert max(map(len, text.splitlines())) <= 120
+    assert len(text.split()) <= 900

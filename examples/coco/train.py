@@ -8,11 +8,12 @@ torchrun --nproc-per-node 8 examples/coco/train.py …
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from coco_example.command_line import parse_options
 from coco_example.commands import run_command, say
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.reader import CocoIndex
@@ -47,7 +48,7 @@ from coco_example.models.methods import METRICS, build_method, freeze
 from coco_example.models.saved_model import ModelSpec, save_model, save_spec
 from coco_example.models.score_thresholds import ScoreThresholds
 from coco_example.models.teachers import load_teacher
-from coco_example.options import Options, parse_options
+from coco_example.options import Options
 from torch import nn
 
 from crosskd_assign import adapt, inherit
@@ -128,7 +129,7 @@ def _run(options: Options, folder: Path, worker: Worker, signals: Signals, *, be
 
     # 5. Train.
     torch.manual_seed(options.seed + 1 + worker.rank)
-    validation = ValidationLosses(options, val, worker) if options.training.val_losses else None
+    validation = ValidationLosses(options, in_labels_of(val, spec), worker) if options.training.val_losses else None
     training = Training(options, folder, method, model, train, worker, identity, frozen, validation, unlabelled)
     if begun:
         training.resume()
@@ -242,7 +243,7 @@ def _finish(
     summary: dict[str, Any] = {"arm": options.method.arm, "seed": options.seed, "scores": scores.as_dict()}
     if before is not None and converted is not None:
         times = time_both(_detector(converted, asked), _detector(network, options), CocoDataset(val))
-        summary |= {"before": before.as_dict(), "milliseconds_per_image": times._asdict()}
+        summary |= {"before": before.as_dict(), "milliseconds_per_image": asdict(times)}
         say(comparison_table(before, scores, times))
     if training.data.unlabelled is not None:
         summary["unlabelled"] = {"images": len(training.data.unlabelled)}

@@ -8,7 +8,7 @@ import json
 
 import plan
 import pytest
-from coco_example.options import parse_options
+from coco_example.command_line import parse_options
 from plan import BASES, MODIFIERS, SETS, STUDIES, Modifier, PlanError, Run, given_up, planned, variant
 from run import RESULTS, Runner
 

@@ -98,7 +98,9 @@ def digest(value: Any) -> str:
 def _feed(update: Callable[[Any], None], value: Any) -> None:
     if isinstance(value, Tensor):
         update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
-        update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        if len(flat) > 0:  # an empty tensor may have strides of 0, which bytes cannot be read through
+            update(flat.view(torch.uint8).numpy())
     elif isinstance(value, Mapping):
         update(f"mapping {len(value)}:".encode())
         for pair in value.items():

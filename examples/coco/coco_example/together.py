@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from coco_example.options import Options, is_reference
 
-if TYPE_CHECKING:
-    from coco_example.options import Options
-
-__all__ = ["incompatible", "is_reference"]
+__all__ = ["incompatible"]
 
 _BUILT = ("architecture", "backbone", "backbone_weights", "trainable_stages", "channels", "head_convs")
 _UNDISTILLED = ("one-to-many", "one-to-one")
-
-
-def is_reference(name: str) -> bool:
-    """Whether a detector is named as "torchvision:NAME" or "python:FILE:FUNCTION"; else it is a run's folder."""
-    kind, _, rest = name.partition(":")
-    return kind in ("torchvision", "python") and bool(rest)
 
 
 def incompatible(options: Options) -> str | None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import train
+from coco_example.command_line import parse_options
 from coco_example.data.scenes import write_scenes
-from coco_example.options import Options, parse_options
+from coco_example.options import Options
 
 torch.set_num_threads(1)  # maps of a few points are slower on more, and much slower where cores are shared
 

@@ -43,7 +43,7 @@ def converted(scenes_folder, teacher, tmp_path_factory):
 
 def test_a_conversion_takes_detector_and_schedule_of_the_run_and_a_quarter_of_its_epochs(converted, teacher):
     mine, theirs = (json.loads((folder / "config.json").read_text()) for folder in (converted, teacher))
-    own = {"arm", "metric", "selection", "epochs", "convert", "output", "eval_every", "log_every"}
+    own = {"workers", "arm", "metric", "selection", "epochs", "convert", "output", "eval_every", "log_every"}
     assert {name for name in mine if mine[name] != theirs[name]} <= own
     assert (mine["arm"], mine["metric"], mine["selection"], mine["epochs"]) == ("cross-head", "balanced", True, 1)
     spec = json.loads((converted / "model.json").read_text())

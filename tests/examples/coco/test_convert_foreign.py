@@ -13,12 +13,13 @@ import predict
 import pytest
 import torch
 import train
+from coco_example.command_line import parse_options
 from coco_example.data.layouts import locate_split
 from coco_example.data.reader import read_coco
 from coco_example.models.conversion import Source, in_labels_of, trained_labels
 from coco_example.models.detectors import torchvision_detector
 from coco_example.models.saved_model import ModelSpec, load_model
-from coco_example.options import ModelOptions, parse_options
+from coco_example.options import ModelOptions
 from safetensors.torch import load_file
 from torchvision.models import WeightsEnum, get_model
 

@@ -12,6 +12,7 @@ import demo
 import pytest
 import train
 from coco_example.data.scenes import write_scenes
+from coco_example.engine import inputs
 from coco_example.options import Options
 
 from tests.makers.training_runs import stop_in, train_lines
@@ -39,7 +40,7 @@ def small(options: Options) -> Options:
 @pytest.fixture
 def tiny_demo(tmp_path, monkeypatch):
     """The demo on 16 scenes, and its arguments."""
-    monkeypatch.setattr(train, "write_scenes", functools.partial(write_scenes, train=16, val=4, size=64))
+    monkeypatch.setattr(inputs, "write_scenes", functools.partial(write_scenes, train=16, val=4, size=64))
     # After one epoch a teacher of so few scenes is worth nothing.
     monkeypatch.setattr(demo, "run", lambda options: train.run(small(options)))
     return ["--output", str(tmp_path / "runs"), "--data-path", str(tmp_path / "data"), "--epochs", "1"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from coco_example.options import DataOptions, MethodOptions, ModelOptions, Options, TrainingOptions, parse_options
+from coco_example.command_line import parse_options
+from coco_example.options import DataOptions, MethodOptions, ModelOptions, Options, TrainingOptions
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import train
-from coco_example.options import parse_options
+from coco_example.command_line import parse_options
 
 PAGE = Path(train.__file__).parents[2] / "docs" / "training.md"
 

@@ -17,6 +17,7 @@ from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
 from coco_example.data.reader import read_coco
 from coco_example.data.scenes import write_scenes
+from coco_example.engine import inputs
 from coco_example.engine.checkpoints import load_checkpoint
 from coco_example.engine.metrics_log import read_metrics
 from coco_example.engine.run_folder import environment
@@ -240,7 +241,7 @@ def test_drawn_scenes_need_no_data_and_are_drawn_once(workshop, tmp_path, monkey
     def small_scenes(root: Path) -> None:
         write_scenes(root, train=8, val=2, size=64)
 
-    monkeypatch.setattr(train, "write_scenes", small_scenes)
+    monkeypatch.setattr(inputs, "write_scenes", small_scenes)
     for run in ("a", "b"):
         options = {"arm": "one-to-one", "data": "demo", "data_path": tmp_path / "data", "batch_size": 4}
         assert workshop.train(tmp_path / run, **options) == 0

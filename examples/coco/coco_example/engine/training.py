@@ -24,7 +24,7 @@ from coco_example.engine.randomness import random_state, set_random_state
 from coco_example.engine.run_folder import check_processes
 from coco_example.engine.signals import Signals
 from coco_example.engine.validation import ValidationLosses
-from coco_example.options import Options
+from coco_example.options import MethodOptions, Options
 from crosskd_assign import Distiller, fade
 
 __all__ = ["Training"]
@@ -144,23 +144,16 @@ class Training:
         if self.validation is None or self.worker.first_does(lambda: log.has("validation", self.step)):
             return
         self.worker.share(self.method)
-        self._fade()
+        fade_distillation(self.method, self.options.method, self.step / self.total_steps)
         with self.optimization.autocast():
             losses = self.validation(self.method)
         log.validation(self.step, self.step / self.data.steps_per_epoch, losses, self.validation.images)
-
-    def _fade(self) -> None:
-        """Give distillation the weight it has at this step."""
-        if isinstance(self.method, Distiller):
-            done = self.step / max(1, self.total_steps)
-            method = self.options.method
-            self.method.distillation_weight = fade(done, warmup=method.distill_warmup, decay=method.distill_decay)
 
     def _train_on(
         self, batches: Iterator[tuple[list[Tensor], list[Target | None]]]
     ) -> tuple[dict[str, Tensor], list[Target | None]]:
         """Take one step on the next ``accumulate`` batches; return their mean losses and all their targets."""
-        self._fade()
+        fade_distillation(self.method, self.options.method, self.step / self.total_steps)
         count = self.options.training.accumulate
         means: dict[str, Tensor] = {}
         seen: list[Target | None] = []
@@ -262,3 +255,9 @@ class Training:
 def _alone(module: nn.Module) -> AbstractContextManager[Any]:
     """Let gradients add up on this process, to be exchanged with others once a step."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def fade_distillation(method: nn.Module, options: MethodOptions, done: float) -> None:
+    """Give distillation the weight it has after a share of the run."""
+    if isinstance(method, Distiller):
+        method.distillation_weight = fade(done, warmup=options.distill_warmup, decay=options.distill_decay)

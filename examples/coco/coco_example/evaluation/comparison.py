@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ __all__ = ["Times", "comparison_table", "median_times", "time_both"]
 _IMAGES = 20
 
 
-class Times(NamedTuple):
+@dataclass(frozen=True)
+class Times:
     """Median milliseconds of one image on one thread: the detector before with NMS, and the one after without."""
 
     before: float

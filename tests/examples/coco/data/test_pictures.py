@@ -66,5 +66,5 @@ def test_sixteen_bits_are_refused_for_prediction_too(tmp_path):
 def test_a_picture_that_is_none_is_named(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     for check in (read_picture, lambda p: check_pictures([p], [(1, 1)])):
-        with pytest.raises(DataError, match=r"a readable image, but got cannot identify .*a\.png"):
+        with pytest.raises(DataError, match=r"a readable image, but got .*a\.png"):
             check(tmp_path / "a.png")

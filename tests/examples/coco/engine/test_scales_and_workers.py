@@ -19,12 +19,15 @@ from coco_example.data.reader import read_coco
 from coco_example.engine import loaders
 from coco_example.engine.distributed import ALONE
 from coco_example.engine.loaders import loaded, spare_processes
-from coco_example.engine.training import Training
+from coco_example.models.saved_model import ModelSpec
+from coco_example.options import ModelOptions
 from torch import nn
 from torchvision import tv_tensors
 
+from crosskd_assign import EndToEndDetector
 from tests.makers.training_runs import SIX_STEPS, assert_same_run, stop_in
 
+SPEC = ModelSpec(ModelOptions(), one_to_many=False, categories=())
 pytestmark = [
     pytest.mark.usefixtures("no_pictures"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning"),  # Python 3.12 on forked workers
@@ -44,20 +47,20 @@ def test_scales_are_cocos_or_in_proportion():
 def test_batches_reach_the_network_at_the_sizes_that_were_drawn_and_a_resumed_run_draws_the_same(
     workshop, tmp_path, monkeypatch
 ):
-    options = {**SIX_STEPS, "arm": "one-to-one", "multi_scale": True, "save_every": 1, "size": 96}
+    options = {**SIX_STEPS, "arm": "one-to-one", "multi_scale": True, "save_every": 1, "size": 96, "val_losses": 0}
     seen: list[tuple[int, ...]] = []
-    original = Training._losses
+    original = EndToEndDetector.run
 
-    def losses(training: Training, images: Any, targets: Any) -> Any:
-        handle = training.model.backbone.register_forward_pre_hook(
+    def run(detector: Any, images: Any, *given: Any) -> Any:
+        handle = detector.model.backbone.register_forward_pre_hook(
             lambda _, inputs: seen.append((max(images[0].shape), *inputs[0].shape[-2:]))
         )
         try:
-            return original(training, images, targets)
+            return original(detector, images, *given)
         finally:
             handle.remove()
 
-    monkeypatch.setattr(Training, "_losses", losses)
+    monkeypatch.setattr(EndToEndDetector, "run", run)
     assert workshop.train(tmp_path / "whole", **options) == 0
     sizes = [side for side, *_ in seen]
     assert len(set(sizes)) > 2
@@ -90,7 +93,7 @@ def test_evaluations_compute_in_their_own_precision_whatever_training_does(works
     monkeypatch.setattr(train, "evaluate", lambda *_, **given: given["precision"])
     monkeypatch.setattr(train, "_detector", lambda *_: None)
     options = workshop.options(tmp_path, precision="float16", eval_precision=precision)
-    assert train._score(nn.Identity(), None, options, ALONE) == getattr(torch, precision)
+    assert train._score(nn.Identity(), None, options, ALONE, SPEC) == getattr(torch, precision)
     assert workshop.options(tmp_path, precision="bfloat16").training.eval_precision == "float32"  # as recorded runs
 
 

@@ -11,10 +11,11 @@ import export
 import pytest
 import torch
 import train
+from coco_example.command_line import parse_options
 from coco_example.errors import ModelError
 from coco_example.models.detectors import build_detector
 from coco_example.models.saved_model import load_model
-from coco_example.options import ModelOptions, parse_options
+from coco_example.options import ModelOptions
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -110,7 +111,7 @@ def test_a_missing_package_and_an_unknown_name_are_sentences(monkeypatch, worksh
 def trained(workshop, tmp_path_factory) -> Path:
     """A one-to-many run on a backbone of timm."""
     folder = Path(tmp_path_factory.mktemp("timm") / "teacher")
-    options = {"arm": "one-to-many", "backbone": "timm:mobilenetv3_small_100", "channels": 32, "head_convs": 1}
+    options = {"arm": "one-to-many", "backbone": "timm:mobilenetv3_small_100", "channels": 64, "head_convs": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "draw_report", lambda *_, **__: [])
         assert workshop.train(folder, **options) == 0
