@@ -311,6 +311,9 @@ MODIFIERS = {
     "yolo": Modifier("YOLO's metric", {"metric": "yolo"}),
     "balanced": Modifier("balanced metric", {"metric": "balanced"}),
     "ranking": Modifier("ranking 0.25", {"ranking": 0.25}, numbered="ranking {:g}"),
+    # The optimiser: the usual warm-up is most of a short schedule.
+    "warm": Modifier("10 steps of warm-up", {"warmup_steps": 10}, numbered="{:g} steps of warm-up"),
+    "rate": Modifier("learning rate 0.002", {"lr": 2e-3}, numbered="learning rate {:g}"),
     # The length.
     "5pc": Modifier("5 % of the epochs", length=0.05),
     "10pc": Modifier("10 % of the epochs", length=0.1),
@@ -481,6 +484,9 @@ STUDIES = {
             "convert-features",
             "convert-head-undistilled",
             "convert-head-entry-2",
+            "convert-warm",
+            "convert-warm-rate",
+            "convert-frozen-warm-rate-0.02",
         )
     ),
     # What it costs: the curve.
