@@ -62,7 +62,7 @@ def test_two_processes_train_write_once_evaluate_in_shares_stop_together_and_res
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_are_one_with_synchronised_batch_norm_and_go_on_as_one_where_they_were_stopped(
+def test_two_and_four_processes_are_one_with_synchronised_batch_norm_and_go_on_as_one_where_they_were_stopped(
     workshop, script, tmp_path, monkeypatch
 ):
     def options(count: int) -> dict[str, Any]:
@@ -72,22 +72,24 @@ def test_two_processes_are_one_with_synchronised_batch_norm_and_go_on_as_one_whe
         lines = [line for line in read_metrics(folder) if line["kind"] == "train"]
         return torch.tensor([list(line["losses"].values()) for line in lines])
 
-    def start(folder: Path, **more: Any) -> Any:
-        module = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        return script("train.py", *workshop.arguments(folder, **{**options(2), **more}), module=module)
+    def start(folder: Path, count: int = 2, **more: Any) -> Any:
+        module = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+        return script("train.py", *workshop.arguments(folder, **{**options(count), **more}), module=module)
 
-    # 1. One process, and two.
-    assert workshop.train(tmp_path / "one", **options(1)) == 0
-    two = start(tmp_path / "two")
-    _, errors = two.communicate()
-    assert two.returncode == 0, errors
-    mine, expected = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")
-    )  # each logs its own losses
-    for name, value in expected.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    # 1. A step of one process, of two, and of four. Later a tie may be decided otherwise. Each logs its own losses.
+    step = {"epochs": 1, "optimizer": "sgd", "warmup_steps": 0}
+    assert workshop.train(tmp_path / "step", **options(1) | step | {"batch_size": 24}) == 0
+    expected = load_file(tmp_path / "step" / "model.safetensors")
+    for count, folder in ((2, tmp_path / "two"), (4, tmp_path / "four")):
+        several = start(folder, count, **step, batch_size=24 // count)
+        _, errors = several.communicate()
+        assert several.returncode == 0, errors
+        mine = load_file(folder / "model.safetensors")
+        for name, value in expected.items():
+            torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
     # 2. Two are stopped, and one goes on.
+    assert workshop.train(tmp_path / "one", **options(1)) == 0
     stopped = start(tmp_path / "run")
     while len(read_metrics(tmp_path / "run")) < 5:
         assert stopped.poll() is None, stopped.communicate()
