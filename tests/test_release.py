@@ -53,11 +53,14 @@ def test_it_installs_for_the_oldest_and_newest_claimed_that_are_there(tmp_path, 
     versions = release.claimed(wheel)
     assert versions == ["3.9", "3.10", "3.13"]
 
-    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name == "python3.13" else None)
-    assert release.pythons(versions) == ["/bin/python3.13"]
+    (broken := tmp_path / "python3.9").write_text("#!/bin/sh\nexit 127\n")  # as a version manager leaves there
+    broken.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable if name == "python3.13" else str(broken))
+    assert release.pythons(versions) == [sys.executable]
     assert capsys.readouterr().out == "Python 3.9: skipped, there is no python3.9 on this machine\n"
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert release.pythons(versions) == [sys.executable]
+    monkeypatch.setattr(sys, "executable", "this one")
+    assert release.pythons(versions) == ["this one"]
 
 
 def test_a_command_that_fails_is_shown_with_all_that_it_printed():

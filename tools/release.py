@@ -64,7 +64,15 @@ def build(number: str, folder: Path) -> tuple[Path, Path]:
     print("metadata: twine finds nothing")
 
     # 3. What must be in them, and what must not.
-    tests = ["-m", "pytest", "-m", "slow", "-k", "the_wheel or the_sdist", ROOT / "tests/test_package.py"]
+    tests: list[str | Path] = [
+        "-m",
+        "pytest",
+        "-m",
+        "slow",
+        "-k",
+        "the_wheel or the_sdist",
+        ROOT / "tests/test_package.py",
+    ]
     run(sys.executable, *tests, PYTHONPATH=str(ROOT / "src"), DISTRIBUTIONS=str(folder))
     print(f"contents: as tests/test_package.py says ({wheel.name}, {sdist.name})")
     return wheel, sdist
@@ -83,9 +91,10 @@ def pythons(versions: Sequence[str]) -> list[str]:
     """Find the oldest and the newest on this machine; if there is neither, the Python that runs this."""
     found = []
     for number in dict.fromkeys((versions[0], versions[-1])):
-        if path := shutil.which(f"python{number}"):
+        path = shutil.which(f"python{number}")
+        if path and subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
             found.append(path)
-        else:
+        else:  # a version manager may have a name for a Python that it has not installed
             print(f"Python {number}: skipped, there is no python{number} on this machine")
     return found or [sys.executable]
 
@@ -107,7 +116,14 @@ def try_out(python: str, wheel: Path, source: Path) -> None:
 
         # 2. What the examples need, too, and the demo's first epoch.
         run(own, "-m", "pip", "install", "--quiet", "--no-cache-dir", f"{wheel}[coco]", where=folder)
-        demo = [source / "examples/coco/demo.py", "--epochs", "1", "--output", folder / "runs", "--data-path"]
+        demo: list[str | Path] = [
+            source / "examples/coco/demo.py",
+            "--epochs",
+            "1",
+            "--output",
+            folder / "runs",
+            "--data-path",
+        ]
         table = run(own, *demo, folder / "data", where=folder).strip().splitlines()
         print(f"Python {number}: the demo runs for an epoch with it", *(f"  {line}" for line in table[-6:]), sep="\n")
 
