@@ -10,7 +10,10 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet $(if $(OLDEST),--constraint $(VENV)/oldest.txt)
 
-.PHONY: demo test quick slow third-party web lint docs clean help
+# FINAL=1 is for the day of a release: CHANGELOG.md has to have a heading for the version then.
+FINAL ?=
+
+.PHONY: demo test quick slow third-party web lint docs notebook release clean help
 
 demo: $(VENV)/.coco ## Draw scenes, train a teacher and a distilled student on the CPU, compare them (5 to 12 minutes).
 	$(BIN)/python examples/coco/demo.py --output runs/demo
@@ -43,6 +46,13 @@ lint: $(VENV)/.dev ## Check style, format and types.
 docs: $(VENV)/.dev ## Build the site in docs/_build/html; a warning or a link that leads nowhere is an error.
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 
+notebook: $(VENV)/.dev ## Run docs/quickstart.ipynb and store what it shows (under three minutes).
+	$(BIN)/jupyter execute --inplace docs/quickstart.ipynb
+
+# Each environment takes 6 GB for a few minutes. Nothing is uploaded.
+release: $(VENV)/.release ## Build wheel and sdist, check them, install and use the wheel with the oldest and newest Python.
+	$(BIN)/python tools/release.py $(if $(FINAL),,--dry-run)
+
 $(VENV)/.coco: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -58,6 +68,10 @@ $(VENV)/.dev: $(VENV)/.coco
 	$(INSTALL) --editable ".[$(if $(OLDEST),test,dev)]"
 	touch $@
 
+$(VENV)/.release: $(VENV)/.coco
+	$(INSTALL) --editable ".[release]"
+	touch $@
+
 $(VENV)/.third-party: $(VENV)/.dev
 	$(INSTALL) effdet ultralytics --editable ".[lightning,accelerate]"
 	touch $@
@@ -66,5 +80,5 @@ clean: ## Remove the environment, what was built, and caches.
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 
 help: ## Show this list.
-	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [JOBS=2] [OLDEST=1]"
+	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [JOBS=2] [OLDEST=1] [FINAL=1]"
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))

@@ -12,7 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from crosskd_assign import CrossHeadDistiller
+from crosskd_assign import CrossHeadDistiller, errors
+from tests.makers.pages import leads_somewhere
 from tests.makers.small_models import scene, small_fcos
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,14 @@ def test_relative_links_lead_somewhere(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings_lead_to_some(page):
+    text = page.read_text(encoding="utf-8")
+    for name, heading in re.findall(r"\]\((?!https?:)([^)#\s]*\.md)?#([^)]+)\)", text):
+        target = (page.parent / name if name else page).resolve().relative_to(ROOT).as_posix()
+        assert leads_somewhere(f"{target}#{heading}"), f"{target}#{heading}"
+
+
 def shown_commands() -> dict[str, set[str]]:
     """Options that the pages use, for each script."""
     used: dict[str, set[str]] = {}
@@ -132,6 +141,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "reference" / "distillation.html").read_text(encoding="utf-8")
+    troubles = (tmp_path / "site" / "troubleshooting.html").read_text(encoding="utf-8")
+    for name in errors.__all__[1:]:
+        assert f'id="{getattr(errors, name).page.partition("#")[2]}"' in troubles
     assert 'id="crosskd_assign.distillation.cross_head.CrossHeadDistiller"' in page
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import pickle
+import sys
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 import crosskd_assign
 from crosskd_assign import errors
 from crosskd_assign.errors import CrossKDError, TargetError
+from tests.makers.pages import leads_somewhere
 
 PARTS = {"expected": "a cat", "got": "a dog", "where": "house", "fix": "buy a cat"}
 SENTENCE = "Expected a cat, but got a dog (house). Fix: buy a cat."
@@ -34,6 +37,16 @@ def test_an_error_is_its_sentence_and_its_four_parts(name):
     error = getattr(errors, name)(**PARTS)
     assert (str(error), error.args, parts(error)) == (SENTENCE, (SENTENCE,), PARTS)
     assert repr(error) == f"{name}({SENTENCE!r})"
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_a_traceback_ends_with_the_section_that_explains_this_error(name):
+    kind = getattr(errors, name)
+    assert leads_somewhere(kind.page)
+    assert kind.page.partition("#")[2] == ("" if kind is CrossKDError else name.lower())  # no other's section
+    shown = "".join(traceback.format_exception_only(kind(**PARTS)))
+    end = f"\nSee {kind.page}.\n" if sys.version_info >= (3, 11) else "\n"
+    assert shown == f"crosskd_assign.errors.{name}: {SENTENCE}{end}"
 
 
 def test_a_message_alone_stands_for_the_parts():
@@ -58,6 +71,7 @@ def test_pickles_keep_type_sentence_parts_and_notes(name, protocol):
     twin = pickle.loads(pickle.dumps(error, protocol))  # noqa: S301
     assert type(twin) is type(error)
     assert (str(twin), parts(twin), twin.page, twin.file) == (SENTENCE, PARTS, error.page, "a.json")
+    assert twin.__notes__ == error.__notes__
 
 
 def fail() -> None:

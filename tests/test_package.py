@@ -9,6 +9,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -322,10 +323,8 @@ def test_the_public_api_is_the_recorded_one():
 # --- distributions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory):
-    """File names in a wheel and an sdist built from a copy of the tree that a training run has littered."""
-    folder = tmp_path_factory.mktemp("build")
+def built(folder: Path) -> None:
+    """Build a wheel and an sdist from a copy of the tree that a training run has littered."""
     project = folder / "project"
     litter = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "runs", "data", "dist", ".hypothesis")
     shutil.copytree(ROOT, project, ignore=litter)
@@ -333,12 +332,23 @@ def distributions(tmp_path_factory):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("litter")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(project)]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
-    assert built.returncode == 0, built.stdout + built.stderr
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """File names in a wheel and an sdist, and the wheel's metadata; tools/release.py names the folder of its own."""
+    if "DISTRIBUTIONS" in os.environ:
+        folder = Path(os.environ["DISTRIBUTIONS"])
+    else:
+        folder = tmp_path_factory.mktemp("build")
+        built(folder)
+    name = f"crosskd_assign-{crosskd_assign.__version__}"
+    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl") as wheel:
         metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
         files = set(wheel.namelist()), wheel.read(metadata).decode()
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as sdist:
+    with tarfile.open(folder / f"{name}.tar.gz") as sdist:
         return *files, {name.partition("/")[2] for name in sdist.getnames()}
 
 
@@ -375,6 +385,7 @@ def test_the_sdist_can_be_built_and_tested_and_carries_no_data(distributions):
         "benchmarks",
         "experiments",
         "docs",
+        "tools",
     }
     assert not [name for name in sdist if "__pycache__" in name]
 

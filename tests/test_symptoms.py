@@ -12,17 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from crosskd_assign import CrossHeadDistiller, DetectorAdapter, EndToEndDetector
-from crosskd_assign.structures import Target
+from crosskd_assign import CrossHeadDistiller, DetectorAdapter, EndToEndDetector, symptoms
+from crosskd_assign.structures import DensePredictions, Target
 from crosskd_assign.symptoms import (
     symptom_of_images,
+    symptom_of_levels,
     symptom_of_logits,
     symptom_of_quality,
     symptom_of_targets,
+    symptom_of_teacher,
     worst_symptom,
 )
 from tests.makers import foreign
 from tests.makers.builders import random_images, tiny_detector
+from tests.makers.pages import headings, leads_somewhere
 from tests.makers.small_models import scene, small_fcos, small_retinanet
 
 SIZES = ((64, 64), (64, 64))
@@ -75,7 +78,7 @@ def test_the_first_step_warns_once_of_the_worst(kind, change, words):
     detector = EndToEndDetector(foreign_detector(kind))
     (said,) = messages(detector, images, targets)
     assert re.search(words, said), said
-    assert said.endswith("check_adapter tells more.")
+    assert said.endswith("See docs/troubleshooting.md#warnings-of-the-first-step; check_adapter tells more.")
     assert messages(copy.deepcopy(detector), images, targets) == []
     assert len(messages(EndToEndDetector(foreign_detector(kind)), images, targets)) == 1
 
@@ -180,3 +183,33 @@ def test_the_look_is_at_one_pass_as_training_makes_it():
     assert worst_symptom(run) is None
     squashed = replace(run.predictions, logits=run.predictions.logits.sigmoid())
     assert "probabilities" in str(worst_symptom(replace(run, predictions=squashed)))
+
+
+# --- where they are explained -----------------------------------------------------------------------------------------
+
+
+def predicted(logits: float, quality: float | None = None) -> DensePredictions:
+    """Nine points without ``levels``."""
+    spread = torch.linspace(0, 1, 9)[None, :, None].expand(1, 9, 2)
+    objectness = None if quality is None else torch.full((1, 9), quality)
+    return DensePredictions(logits + spread, torch.zeros(1, 9, 4), torch.zeros(9, 2), torch.ones(9), objectness)
+
+
+SYMPTOMS = {
+    "symptom_of_images": lambda: symptom_of_images([torch.full((3, 4, 4), 255.0)]),
+    "symptom_of_targets": lambda: symptom_of_targets(boxes((0.1, 0.1, 0.5, 0.5)), SIZES[:1]),
+    "symptom_of_logits": lambda: symptom_of_logits(torch.rand(1, 9, 2)),
+    "symptom_of_quality": lambda: symptom_of_quality(predicted(3, quality=-5)),
+    "symptom_of_levels": lambda: symptom_of_levels(predicted(3)),
+    "symptom_of_teacher": lambda: symptom_of_teacher(predicted(-12)),
+}
+
+
+def test_each_symptom_has_a_section_with_its_words():
+    assert leads_somewhere(symptoms.PAGE)
+    assert set(SYMPTOMS) == {name for name in symptoms.__all__ if name.startswith("symptom_of_")}
+    sections = headings(symptoms.PAGE.partition("#")[0])
+    found = [find() for find in SYMPTOMS.values()]
+    assert [f"Expected {symptom.expected}" for symptom in found if symptom] == [
+        heading for heading in sections if heading.startswith("Expected ")
+    ]

@@ -8,7 +8,6 @@ import re
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -55,6 +54,7 @@ from tests.makers.builders import (
     random_targets,
     tiny_detector,
 )
+from tests.makers.pages import leads_somewhere
 
 IMAGE = torch.rand(3, 32, 32)
 BOXES, LABELS = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([0, 2])
@@ -63,9 +63,8 @@ GOOD: Any = {"boxes": BOXES, "labels": LABELS}
 
 def raises(error: type[Exception], expected: str, got: str, where: str) -> AbstractContextManager[Any]:
     """The one template, filled; what to do may be worded freely but must be there."""
-    return pytest.raises(
-        error, match=rf"^{re.escape(f'Expected {expected}, but got {got} ({where}). Fix: ')}[^\n]{{10,}}[^.]\.$"
-    )
+    sentence = rf"{re.escape(f'Expected {expected}, but got {got} ({where}). Fix: ')}[^\n]{{10,}}[^.]\."
+    return pytest.raises(error, match=rf"^{sentence}\nSee docs/troubleshooting\.md#\w+\.$")  # the note counts, too
 
 
 def test_the_template_of_messages():
@@ -79,7 +78,7 @@ def test_the_parts_of_a_message_are_attributes_and_survive_another_process(name)
     for twin in (error, pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):  # noqa: S301
         assert (twin.expected, twin.got, twin.where, twin.fix) == ("a cat", "a dog", "house", "buy a cat")
         assert str(twin) == str(error)
-        assert (Path(__file__).parents[1] / twin.page).is_file()
+        assert leads_somewhere(twin.page)
     assert str(type(error)(str(error))) == str(error)  # how torch's loaders raise a worker's error again
 
 

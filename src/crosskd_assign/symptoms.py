@@ -19,6 +19,7 @@ from .structures import DensePredictions, ForwardPass, Target
 
 __all__ = [
     "CONFIDENT",
+    "PAGE",
     "FirstLook",
     "symptom_of_images",
     "symptom_of_levels",
@@ -31,6 +32,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+PAGE = "docs/troubleshooting.md#warnings-of-the-first-step"  # has a section for each ``expected`` of this module
 CONFIDENT = 0.05  # scores above it count for cross-head distillation
 SOME = 0.4  # share of boxes with inverted corners from which on their columns are doubted; fewer are bad boxes
 FRACTION = 1.5  # boxes of an image are fractions of it if no coordinate is larger; a little more than 1 for rounding
@@ -54,7 +56,7 @@ class FirstLook:
             return
         self.done = True
         if is_first_rank() and (symptom := find(subject)):
-            warnings.warn(f"{symptom} check_adapter tells more.", stacklevel=4)
+            warnings.warn(f"{symptom} See {PAGE}; check_adapter tells more.", stacklevel=4)
 
 
 def worst_symptom(run: ForwardPass) -> CrossKDError | None:
