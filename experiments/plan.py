@@ -187,7 +187,7 @@ class Run:
         """Options of ``train.py``, without folders."""
         protocol, own = SETS[self.data], variant(self.variant)
         larger = protocol.larger if own.larger else {}
-        return {**protocol.options, **larger, **own.options, "epochs": self.epochs, "seed": self.seed}
+        return {**protocol.options, **larger, "epochs": self.epochs, **own.options, "seed": self.seed}
 
 
 # --- data sets
@@ -270,7 +270,7 @@ BASES = {
         "converted",
         {},
         taught=True,
-        defaults={"arm": "cross-head", "metric": "balanced", "selection": True},
+        defaults={"arm": "cross-head", "metric": "balanced", "selection": True, "lr": 3e-4, "warmup_steps": 10},
         converts=True,
     ),
     # On sets with labels on a part of the images.
@@ -289,7 +289,8 @@ MODIFIERS = {
     "inherit": Modifier("inheriting", inherits=True),
     "further": Modifier("trained further", {"inherit_head": True}, inherits=True),
     # What of a conversion learns, and from what.
-    "frozen": Modifier("only the selection branch", {"freeze": "all", "arm": "one-to-one"}),
+    "untrained": Modifier("nothing trained", {"epochs": 0}),
+    "frozen": Modifier("only the selection branch", {"freeze": "all", "arm": "one-to-one", "lr": 1e-3}),
     "head": Modifier("only the head", {"freeze": "backbone-neck"}),
     "undistilled": Modifier("no distillation", {"arm": "one-to-one"}),
     "unselected": Modifier("no selection branch", {"selection": False}),
@@ -311,7 +312,7 @@ MODIFIERS = {
     "yolo": Modifier("YOLO's metric", {"metric": "yolo"}),
     "balanced": Modifier("balanced metric", {"metric": "balanced"}),
     "ranking": Modifier("ranking 0.25", {"ranking": 0.25}, numbered="ranking {:g}"),
-    # The optimiser: the usual warm-up is most of a short schedule.
+    # The optimiser.
     "warm": Modifier("10 steps of warm-up", {"warmup_steps": 10}, numbered="{:g} steps of warm-up"),
     "rate": Modifier("learning rate 0.002", {"lr": 2e-3}, numbered="learning rate {:g}"),
     # The length.
@@ -469,33 +470,34 @@ STUDIES = {
         "cross-head-large-inherit-decay-features",
         "cross-head-large-inherit-decay-ranking",
     ),
-    # Converting a trained detector: what of it learns, and from what.
-    "convert-screen": tuple(
-        f"{words}-{length}"
-        for length in ("10pc", "25pc")
-        for words in (
-            "one-to-many-further",
-            "one-to-one-inherit",
-            "convert",
-            "convert-frozen",
-            "convert-undistilled",
-            "convert-unselected",
-            "convert-poto",
-            "convert-features",
-            "convert-head-undistilled",
-            "convert-head-entry-2",
-            "convert-warm",
-            "convert-warm-rate",
-            "convert-frozen-warm-rate-0.02",
-        )
+    # Converting a trained detector: what of it learns, how fast, and from what.
+    "convert-screen": (
+        "convert-untrained",
+        *(
+            f"{words}-{length}"
+            for length in ("10pc", "25pc")
+            for words in (
+                "one-to-many-further",
+                "one-to-one-inherit",
+                "convert",
+                "convert-frozen",
+                "convert-undistilled",
+                "convert-unselected",
+                "convert-poto",
+                "convert-features",
+                "convert-head-undistilled",
+                "convert-head-entry-2",
+                "convert-rate-0.001",
+            )
+        ),
     ),
     # What it costs: the curve.
     "convert-curve": (
-        *(f"{words}-{share}pc" for share in (5, 10, 25, 50) for words in ("convert", "convert-frozen")),
+        "convert-untrained",
+        *(f"convert-{share}pc" for share in (5, 10, 25, 50)),
         "convert",
-        "convert-frozen",
-        "one-to-many-further-25pc",
-        "one-to-many-further",
+        "convert-frozen-10pc",
+        *(f"one-to-many-further{length}" for length in ("-10pc", "-25pc", "")),
     ),
     # Where NMS must fail; `overlap.py` scores the runs on crowds of one overlap each.
     "overlap": (

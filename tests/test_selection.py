@@ -14,8 +14,7 @@ from torch.nn.functional import logsigmoid
 from crosskd_assign import AuxiliaryHead, CrossHeadDistiller, EndToEndDetector, SelectionBranch
 from crosskd_assign.errors import DetectorError, OptionError
 from crosskd_assign.export import TensorDetector
-from crosskd_assign.postprocessing import one_to_many_detections
-from crosskd_assign.selection import _score_maps, ranking_logits
+from crosskd_assign.selection import _depths, _score_maps, ranking_logits
 from crosskd_assign.structures import DensePredictions, Target
 from tests.makers.builders import TinyAdapter, TinyNetwork, random_images, tiny_detector
 from tests.makers.small_models import backward, gradients, scene, small_fcos, small_retinanet, snapshot, total
@@ -55,18 +54,93 @@ def test_ranking_logits_are_those_of_the_root_of_class_times_quality():
     assert ranking_logits(replace(p, quality=None)) is z
 
 
+# --- how it begins ----------------------------------------------------------------------------------------------------
+
+
 @each_kind
-def test_a_fresh_branch_changes_no_order_and_no_box(kind):
+def test_a_fresh_branch_filters_maxima_and_changes_no_box(kind):
     images, _ = scene(SIZES)
-    detector = build(kind, top_k=30).eval()
+    detector = build(kind).eval()
     with torch.no_grad():
-        batch, _ = detector.adapter.preprocess(images)
         before = plain_predictions(detector, images)
-        expected = one_to_many_detections(detector.adapter, before, batch, nms_threshold=None, top_k=30)
-        for found, best in zip(detector(images), expected, strict=True):
-            torch.testing.assert_close(found["scores"], best["scores"] / 2)  # σ(0) = ½
-            torch.testing.assert_close(found["boxes"], best["boxes"])
-            assert torch.equal(found["labels"], best["labels"])
+        after = detector.run(images).predictions
+    torch.testing.assert_close(after.boxes, before.boxes)
+    p, q = ranking_logits(before).sigmoid(), after.logits.sigmoid()
+    ratio = (q / p).clamp(max=1)
+    assert torch.all(q <= p)
+    assert torch.all(ratio <= torch.tensor(2.0).sigmoid() + 1e-4)
+    # The best score of an image is a maximum of any neighbourhood: it keeps all that a maximum keeps.
+    for image, own in enumerate(p):
+        best = int(own.argmax())
+        torch.testing.assert_close(ratio[image].flatten()[best], torch.tensor(2.0).sigmoid(), atol=1e-4, rtol=0)
+
+
+def bump(
+    detector: EndToEndDetector, images: list[Tensor], centres: list[tuple[float, float]]
+) -> tuple[DensePredictions, list[Tensor]]:
+    """Predictions that score points higher near some centres and on finer levels; and the neck's maps."""
+    run = EndToEndDetector(detector.adapter).eval().run(images)
+    points = run.predictions.points
+    far = torch.stack([(points - torch.tensor(c)).norm(dim=1) for c in centres]).amin(dim=0)
+    coarser = (run.predictions.strides / 8).log2()
+    z = (4 - far / 12 - coarser)[None, :, None].expand_as(run.predictions.logits)
+    return replace(run.predictions, logits=z.clone(), quality=None), run.features
+
+
+def test_a_fresh_branch_leaves_one_point_an_object():
+    images = [torch.rand(3, 64, 64)] * 2
+    detector = build("fcos").eval()
+    for centres in ([(29.0, 41.0)], [(13.0, 10.0), (51.0, 50.0)]):
+        predictions, features = bump(detector, images, centres)
+        with torch.no_grad():
+            selected = detector.select(features, predictions).logits.sigmoid()
+        assert (predictions.logits.sigmoid()[..., 0] > 0.5).sum() > 20 * len(centres)
+        assert (selected[..., 0] > 0.3).sum() == 2 * len(centres)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["fine to coarse", "coarse to fine"])
+@pytest.mark.parametrize("anchors", [1, 2])
+def test_depths_are_distances_to_the_maxima_of_the_same_class(anchors, order):
+    strides, sizes = [8, 16, 64][::order], [(8, 12), (4, 6), (1, 2)][::order]
+    generator = torch.Generator().manual_seed(anchors)
+    grids = [3 * torch.randn(2, anchors, 3, h, w, generator=generator) for h, w in sizes]
+    for i, made in enumerate(_depths(grids, strides)):
+        assert made.shape == grids[i].shape
+        for c in range(3):
+            of_class = [z[1:, :, c] for z in grids]
+            for a in range(anchors):
+                for y in range(sizes[i][0]):
+                    for x in range(sizes[i][1]):
+                        _, here, _, *beyond = loop(of_class, strides, i, a, y, x)
+                        there = [j for j in (i - 1, i + 1) if 0 <= j < 3]
+                        other = [beyond[0] if j < i else beyond[1] for j in there]
+                        expected = max(-10.0, sum(min(0.0, d) for d in (here, *other)))
+                        assert made[1, a, c, y, x] == pytest.approx(expected, abs=1e-5)
+
+
+def test_where_the_filter_is_opened_neighbours_keep_their_scores():
+    images = [torch.rand(3, 64, 64)] * 2
+    detector = build("fcos").eval()
+    predictions, features = bump(detector, images, [(29.0, 41.0)])
+    detector.selection.output.bias.data[1] = -6.0  # of "sharper": e⁻⁶ · 64 = 0.16
+    with torch.no_grad():
+        selected = detector.select(features, predictions).logits.sigmoid()
+    kept = selected / predictions.logits.sigmoid()
+    assert kept[predictions.logits > 3].min() > 0.6
+
+
+def test_calibration_changes_no_order():
+    images, _ = scene(SIZES)
+    detector = build("tiny").eval()
+    with torch.no_grad():
+        plain, before = plain_predictions(detector, images), detector.run(images).predictions
+        detector.selection.calibration.data = torch.tensor([-0.05, -0.2])
+        after = detector.run(images).predictions
+    maxima = before.logits.sigmoid() / ranking_logits(plain).sigmoid() > 0.88
+    best_first = before.logits[maxima].argsort(descending=True)
+    assert len(best_first) > 20
+    assert (after.logits[maxima][best_first].diff() <= 1e-5).all()
+    assert (after.logits[maxima] < before.logits[maxima] - 0.5).all()
 
 
 # --- what it reads ----------------------------------------------------------------------------------------------------

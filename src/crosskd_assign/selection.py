@@ -13,28 +13,42 @@ from typing_extensions import override
 from . import functional
 from .detectors import DetectorAdapter, Probe, adapt, probe_detector
 from .errors import DetectorError, OptionError
+from .geometry import at_least_float32
 from .structures import DensePredictions
 
 __all__ = ["SelectionBranch", "ranking_logits"]
 
 _SCORE_MAPS = 5  # of each anchor, see `_score_maps`
 _GROUPS = 8  # of the norm
+# How the branch begins; found on four data sets, see docs/results.md.
+_SHARPNESS = 64.0  # of the filter: a point 0.1 logits below its neighbour keeps a hundredth of its score
+_OPENNESS = 2.0  # logit of the factor at a maximum, σ(2) = 0.88: there is something to learn in both directions
+_DEEPEST = -10.0  # distance to a maximum beyond which a point is lost anyway; keeps float16 finite
+_QUICK = 10.0  # times the learning rate, for the two numbers that all scores share
 
 
 class SelectionBranch(nn.Module):
     """A small branch that sees every score beside its neighbours' and multiplies it.
 
-    A one-to-many head scores many points of an object alike. This branch reads the neck's maps, each score and its
-    distance to the maxima around it, on its own level and on the next ones, and predicts one logit e a point. The score
-    becomes p · σ(e), where p is the score that the detector ranked by before (`ranking_logits`). No gradient runs from
-    e into the scores that it reads. It begins at the same e everywhere, so that no order changes.
+    A one-to-many head scores many points of an object alike. The branch multiplies the score p that the detector ranked
+    by (`ranking_logits`) by a factor σ(e), and e is a sum of two:
+
+    - A filter of maxima: k · d, where d ≤ 0 is the distance of the class's logit to the maxima of its 3 × 3 neighbours,
+      of the next coarser and of the next finer level. Of the points of an object the best one keeps its score.
+    - A logit that three small convolutions predict at each point from the neck's maps and the scores around it. They
+      predict how sharp the filter is at that point, k, too: crowds need it less.
+
+    They begin at the filter alone: **a detector with a fresh branch has nearly no duplicates, before any training**.
+    Training adds what the filter lacks. Two learned numbers, a scale and a shift of the logit of p, turn scores of one
+    kind of training into those of the other; they change no order.
 
     It is a part of the student, given to ``EndToEndDetector(…, selection=…)``: in ``parameters()``, checkpoints,
-    detections and exports, not in ``detector.model.state_dict()``. A teacher has none. The detector itself may stay
-    frozen.
+    detections and exports, not in ``detector.model.state_dict()``. A teacher has none. No gradient runs from e into the
+    scores that it reads. The detector itself may stay frozen.
 
-    Source: the idea is that of PSS (Zhou et al., "Object Detection Made Simpler by Eliminating Heuristic NMS", 2021);
-    the maxima are those of 3D max filtering in POTO (Wang et al., CVPR 2021).
+    Sources: the filter is the 3D max filtering of POTO (Wang et al., CVPR 2021), as a factor; a branch that selects is
+    the idea of PSS (Zhou et al., "Object Detection Made Simpler by Eliminating Heuristic NMS", 2021). The numbers that
+    it begins with are our own (docs/results.md).
 
     Args:
         model: The detector it is a branch of: torchvision's FCOS or RetinaNet, or a `DetectorAdapter` that predicts on
@@ -52,7 +66,7 @@ class SelectionBranch(nn.Module):
         >>> model = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3, min_size=64)
         >>> detector = EndToEndDetector(model.requires_grad_(False), selection=SelectionBranch(model))
         >>> sum(p.numel() for p in detector.parameters() if p.requires_grad)
-        85089
+        85380
     """
 
     def __init__(self, model: nn.Module | DetectorAdapter, *, width: int = 32) -> None:
@@ -77,7 +91,7 @@ class SelectionBranch(nn.Module):
         self.lateral = nn.ModuleList() if shared else nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         inputs = (channels[0] if shared else width) + _SCORE_MAPS * self.anchors + 1
 
-        # 3. The branch.
+        # 3. The branch: two logits an anchor, which begin at 0.
         self.trunk = nn.Sequential(
             nn.Conv2d(inputs, width, 3, padding=1),
             _GroupNorm(_GROUPS, width),
@@ -85,9 +99,12 @@ class SelectionBranch(nn.Module):
             nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(),
         )
-        self.output = nn.Conv2d(width, self.anchors, 3, padding=1)
+        self.output = nn.Conv2d(width, 2 * self.anchors, 3, padding=1)
         for parameter in self.output.parameters():
             nn.init.zeros_(parameter)
+
+        # 4. Scale, as a logarithm, and shift of all scores.
+        self.calibration = nn.Parameter(torch.zeros(2))
         self.to(probe.features[0])  # device and dtype
 
     @property
@@ -105,26 +122,33 @@ class SelectionBranch(nn.Module):
         Returns:
             Predictions without a quality branch, which is a part of the score already.
         """
-        # 1. The score of every class, and the best one's on the grids.
+        # 1. The score of every class on the grids, and the best one's; what is read of them has no gradient.
         scores = ranking_logits(predictions)  # (N, A, C)
         levels = predictions.levels or ()
+        strides = [level.stride for level in levels]
         sizes = [level.height * level.width * level.anchors for level in levels]
-        best = [
-            x.reshape(-1, level.height, level.width, self.anchors).permute(0, 3, 1, 2)
-            for level, x in zip(levels, torch.split(scores.detach().amax(dim=-1), sizes, dim=1), strict=True)
+        read = [
+            at_least_float32(x).reshape(-1, level.height, level.width, self.anchors, x.shape[-1])
+            for level, x in zip(levels, torch.split(scores.detach(), sizes, dim=1), strict=True)
         ]
-        maps = _score_maps(best, [level.stride for level in levels])
+        grids = [x.permute(0, 3, 4, 1, 2) for x in read]  # (N, anchors, C, H, W)
+        maps = _score_maps([x.amax(dim=2) for x in grids], strides)
 
-        # 2. One logit a point, from the neck's maps and the scores around it.
-        selected = []
-        for i, (x, own) in enumerate(zip(features, maps, strict=True)):
+        # 2. The factor of each point and class: what the branch predicts there, and the filter.
+        factors = []
+        for i, (x, own, depth) in enumerate(zip(features, maps, _depths(grids, strides), strict=True)):
             neck = self.lateral[i](x) if len(self.lateral) else x
             number = torch.full_like(own[:, :1], float(i))
             together = torch.cat([neck, own.to(neck.dtype), number.to(neck.dtype)], dim=1)
-            selected.append(self.output(self.trunk(together)).permute(0, 2, 3, 1).flatten(1))  # (N, H · W · anchors)
+            predicted = at_least_float32(self.output(self.trunk(together)))[:, :, None]
+            opened, sharper = torch.split(predicted, self.anchors, dim=1)  # (N, anchors, 1, H, W)
+            factor = _OPENNESS + opened + _SHARPNESS * sharper.clamp(-6, 2).exp() * depth
+            factors.append(factor.permute(0, 3, 4, 1, 2).flatten(1, 3))  # (N, H · W · anchors, C)
 
-        # 3. The product.
-        logits = functional.product_logits(scores, torch.cat(selected, dim=1)[..., None])
+        # 3. The product, with the scores that training wants.
+        scale, shift = (_QUICK * at_least_float32(self.calibration)).unbind()
+        scores = at_least_float32(scores) * scale.exp() + shift
+        logits = functional.product_logits(scores, torch.cat(factors, dim=1))
         return replace(predictions, logits=logits, quality=None)
 
     @override
@@ -196,6 +220,28 @@ def _score_maps(best: Sequence[Tensor], strides: Sequence[float]) -> list[Tensor
         ]
         maps.append(torch.cat([z / 4, *(z - maximum for maximum in (*near, *next_ones))], dim=1))
     return maps
+
+
+def _depths(grids: Sequence[Tensor], strides: Sequence[float]) -> list[Tensor]:
+    """How far each score lies below the maxima around it, of its class, here and on the next levels; at most 0.
+
+    Args:
+        grids: Logits ``(N, anchors, C, H, W)`` for each level.
+        strides: Stride of each level in pixels.
+
+    Returns:
+        ``(N, anchors, C, H, W)`` for each level, the sum of the distances.
+    """
+    cells = [z.amax(dim=1) for z in grids]  # (N, C, H, W)
+    depths = []
+    for i, z in enumerate(grids):
+        maxima = [F.max_pool2d(cells[i], 3, stride=1, padding=1)]
+        maxima += [
+            _brought(cells[j], round(strides[i] / strides[j]), cells[i]) for j in (i - 1, i + 1) if 0 <= j < len(grids)
+        ]
+        depth = torch.stack([(z - maximum[:, None]).clamp(max=0) for maximum in maxima]).sum(dim=0)
+        depths.append(depth.clamp(min=_DEEPEST))
+    return depths
 
 
 def _brought(cells: Tensor, ratio: int, like: Tensor) -> Tensor:

@@ -17,8 +17,11 @@ from coco_example.together import incompatible
 
 __all__ = ["parse_options"]
 
-# Peak learning rate of a conversion of a detector that is no run's; where it is frozen, the branch has the usual one.
-FOREIGN_RATE = 1e-4
+# Conversions, see docs/results.md: a trained detector loses at the rate it was trained with, the branch alone does not;
+# and a usual warm-up would be most of a short schedule.
+RATE = 0.3  # times the run's
+FOREIGN_RATE = 1e-4  # of a detector that is no run's
+WARMUP_STEPS = 10
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -66,17 +69,19 @@ def _conversion(arguments: Sequence[str] | None) -> dict[str, Any]:
     if is_reference(given.convert):
         full = given.convert.startswith("torchvision:") and given.size is None
         kept: dict[str, Any] = {"size": 1333, "short_side": 800} if full else {"size": 0}
-        kept |= {} if given.freeze == "all" else {"lr": FOREIGN_RATE}
+        rate = FOREIGN_RATE
     else:
         model, run = (read_json(Path(given.convert) / name) for name in ("model.json", "config.json"))
         names = {option.name for option in fields(TrainingOptions)} | {"augmentation", "mosaic", "cache"}
         kept = {name: value for name, value in run.items() if name in names}
         kept |= {option.name: model[option.name] for option in fields(ModelOptions) if option.name in model}
         kept["epochs"] = max(1, round(int(kept["epochs"]) / 4))
+        rate = RATE * kept["lr"]
 
     # 3. The way without NMS. What is frozen has nothing to distil into.
     arm: Arm = "one-to-one" if given.freeze in ("all", "backbone-neck") else "cross-head"
-    return kept | {"arm": arm, "metric": "balanced", "selection": True}
+    kept |= {} if given.freeze == "all" else {"lr": rate}
+    return kept | {"arm": arm, "metric": "balanced", "selection": True, "warmup_steps": WARMUP_STEPS}
 
 
 def _add_arguments(add: Callable[..., Any], kind: type[Any]) -> None:
@@ -104,7 +109,15 @@ def _conflict(options: Options) -> str | None:
     """Describe the first option that is out of range or does not go with another."""
     dataset, method, flat = options.dataset, options.method, options.as_flat()
     resizes = options.teachers.convert.startswith("python:")
-    least = {"epochs": 1, "batch_size": 1, "size": 0 if resizes else 1, "log_every": 1, "seed": 0, "top_k": 1}
+    untrained = options.teachers.convert and options.model.selection  # the branch does something from the start
+    least = {
+        "epochs": 0 if untrained else 1,
+        "batch_size": 1,
+        "size": 0 if resizes else 1,
+        "log_every": 1,
+        "seed": 0,
+        "top_k": 1,
+    }
     least |= {"accumulate": 1, "val_losses": 0}
     conflicts = [
         (flat[name] < low, f"expected {_flag(name)} of at least {low}, but got {flat[name]}")

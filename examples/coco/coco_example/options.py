@@ -140,7 +140,7 @@ class MethodOptions:
 class TrainingOptions:
     """The training loop."""
 
-    epochs: Annotated[int, "passes over the training images"] = 12
+    epochs: Annotated[int, "passes over the training images; 0 with --convert: train nothing"] = 12
     batch_size: Annotated[int, "images of one forward pass on one process"] = 16
     accumulate: Annotated[int, "batches a step, whose gradients are averaged; steps and schedule count these"] = 1
     optimizer: Annotated[Literal["adamw", "sgd"], "optimizer; sgd has a momentum of 0.9"] = "adamw"

@@ -144,7 +144,7 @@ class Training:
         if self.validation is None or self.worker.first_does(lambda: log.has("validation", self.step)):
             return
         self.worker.share(self.method)
-        fade_distillation(self.method, self.options.method, self.step / self.total_steps)
+        fade_distillation(self.method, self.options.method, self.step / max(1, self.total_steps))
         with self.optimization.autocast():
             losses = self.validation(self.method)
         log.validation(self.step, self.step / self.data.steps_per_epoch, losses, self.validation.images)
