@@ -120,13 +120,14 @@ def test_every_variant_is_understood_by_the_training_script(name, tmp_path):
     arguments = ["--output", "x", "--data-path", str(tmp_path), *runner._flags(run.options)]
     if variant(name).converts:
         for file in ("model.json", "config.json"):  # of the detector that is converted
-            (tmp_path / file).write_text('{"epochs": 1}')
+            (tmp_path / file).write_text('{"epochs": 1, "lr": 0.001}')
         arguments += ["--convert", str(tmp_path)]
     else:
         arguments = ["--teacher", "t", *arguments]
     options = parse_options(arguments)
     assert options.seed == 2
-    assert options.training.epochs == max(1, round(SETS["bccd"].epochs * variant(name).length))
+    longest = max(1, round(SETS["bccd"].epochs * variant(name).length))
+    assert options.training.epochs == (0 if "untrained" in name else longest)
     assert options.as_flat().items() >= variant(name).options.items()
     assert not options.teachers.inherit or run.teacher is not None
 
@@ -140,8 +141,9 @@ def test_every_variant_of_a_set_differs_in_nothing_but_what_it_says():
 
 def test_a_conversion_learns_from_its_twin_and_words_change_its_defaults():
     plain, other = variant("convert-10pc"), variant("convert-undistilled-unselected-poto")
-    assert plain.options == {"arm": "cross-head", "metric": "balanced", "selection": True}
-    assert other.options == {"arm": "one-to-one", "metric": "poto", "selection": False}
+    speed = {"lr": 3e-4, "warmup_steps": 10}
+    assert plain.options == {"arm": "cross-head", "metric": "balanced", "selection": True} | speed
+    assert other.options == {"arm": "one-to-one", "metric": "poto", "selection": False} | speed
     assert (plain.teacher, other.teacher, plain.converts) == ("one-to-many", "one-to-many", True)
     assert Run("pcb", "final", "convert-5pc", 0).epochs == 1
 

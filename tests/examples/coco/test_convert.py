@@ -44,8 +44,11 @@ def converted(scenes_folder, teacher, tmp_path_factory):
 def test_a_conversion_takes_detector_and_schedule_of_the_run_and_a_quarter_of_its_epochs(converted, teacher):
     mine, theirs = (json.loads((folder / "config.json").read_text()) for folder in (converted, teacher))
     own = {"workers", "arm", "metric", "selection", "epochs", "convert", "output", "eval_every", "log_every"}
+    own |= {"lr", "warmup_steps"}
     assert {name for name in mine if mine[name] != theirs[name]} <= own
     assert (mine["arm"], mine["metric"], mine["selection"], mine["epochs"]) == ("cross-head", "balanced", True, 1)
+    assert mine["lr"] == pytest.approx(0.3 * theirs["lr"])
+    assert mine["warmup_steps"] == 10
     spec = json.loads((converted / "model.json").read_text())
     assert spec["selection"] is True
     assert spec["one_to_many"] is False
@@ -85,6 +88,22 @@ def test_it_starts_as_the_detector_it_was(scenes_folder, teacher, tmp_path):
     assert all(name.startswith("selection.") for name in added)
     trained = {name for name, _ in load_model(teacher)[0].named_parameters()}
     assert all(torch.equal(mine[name], theirs[name]) for name in trained)
+
+
+def test_nothing_need_be_trained(converted, scenes_folder, teacher, tmp_path, capsys):
+    assert train.main(arguments(scenes_folder, teacher, tmp_path / "run", "--epochs", "0")) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (teacher, tmp_path / "run"))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
+    scores = summary(tmp_path / "run")
+    assert scores["before"] == pytest.approx(summary(converted)["before"], nan_ok=True)
+    assert scores["scores"]["duplicates"] < scores["before"]["duplicates"]
+    found = ["--output", str(tmp_path / "found"), str(scenes_folder / "val")]
+    assert predict.main(["--run", str(tmp_path / "run"), *found]) == 0
+    # Without the branch there is nothing that would take NMS out.
+    with pytest.raises(SystemExit):
+        train.main(arguments(scenes_folder, teacher, tmp_path / "other", "--epochs", "0", "--no-selection"))
+    assert "--epochs of at least 1" in capsys.readouterr().err
 
 
 def test_a_frozen_detector_keeps_every_weight_and_statistic(scenes_folder, teacher, tmp_path):
