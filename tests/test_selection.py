@@ -103,11 +103,11 @@ def test_a_fresh_branch_leaves_one_point_an_object():
 def test_depths_are_distances_to_the_maxima_of_the_same_class(anchors, order):
     strides, sizes = [8, 16, 64][::order], [(8, 12), (4, 6), (1, 2)][::order]
     generator = torch.Generator().manual_seed(anchors)
-    grids = [3 * torch.randn(2, anchors, 3, h, w, generator=generator) for h, w in sizes]
+    grids = [3 * torch.randn(2, h, w, anchors, 3, generator=generator) for h, w in sizes]
     for i, made in enumerate(_depths(grids, strides)):
         assert made.shape == grids[i].shape
         for c in range(3):
-            of_class = [z[1:, :, c] for z in grids]
+            of_class = [z[1:, ..., c].permute(0, 3, 1, 2) for z in grids]
             for a in range(anchors):
                 for y in range(sizes[i][0]):
                     for x in range(sizes[i][1]):
@@ -115,7 +115,7 @@ def test_depths_are_distances_to_the_maxima_of_the_same_class(anchors, order):
                         there = [j for j in (i - 1, i + 1) if 0 <= j < 3]
                         other = [beyond[0] if j < i else beyond[1] for j in there]
                         expected = max(-10.0, sum(min(0.0, d) for d in (here, *other)))
-                        assert made[1, a, c, y, x] == pytest.approx(expected, abs=1e-5)
+                        assert made[1, y, x, a, c] == pytest.approx(expected, abs=1e-5)
 
 
 def test_where_the_filter_is_opened_neighbours_keep_their_scores():

@@ -127,12 +127,11 @@ class SelectionBranch(nn.Module):
         levels = predictions.levels or ()
         strides = [level.stride for level in levels]
         sizes = [level.height * level.width * level.anchors for level in levels]
-        read = [
+        grids = [  # (N, H, W, anchors, C)
             at_least_float32(x).reshape(-1, level.height, level.width, self.anchors, x.shape[-1])
             for level, x in zip(levels, torch.split(scores.detach(), sizes, dim=1), strict=True)
         ]
-        grids = [x.permute(0, 3, 4, 1, 2) for x in read]  # (N, anchors, C, H, W)
-        maps = _score_maps([x.amax(dim=2) for x in grids], strides)
+        maps = _score_maps([x.amax(dim=-1).permute(0, 3, 1, 2) for x in grids], strides)
 
         # 2. The factor of each point and class: what the branch predicts there, and the filter.
         factors = []
@@ -140,10 +139,10 @@ class SelectionBranch(nn.Module):
             neck = self.lateral[i](x) if len(self.lateral) else x
             number = torch.full_like(own[:, :1], float(i))
             together = torch.cat([neck, own.to(neck.dtype), number.to(neck.dtype)], dim=1)
-            predicted = at_least_float32(self.output(self.trunk(together)))[:, :, None]
-            opened, sharper = torch.split(predicted, self.anchors, dim=1)  # (N, anchors, 1, H, W)
+            predicted = at_least_float32(self.output(self.trunk(together))).permute(0, 2, 3, 1)[..., None]
+            opened, sharper = torch.split(predicted, self.anchors, dim=3)  # (N, H, W, anchors, 1)
             factor = _OPENNESS + opened + _SHARPNESS * sharper.clamp(-6, 2).exp() * depth
-            factors.append(factor.permute(0, 3, 4, 1, 2).flatten(1, 3))  # (N, H · W · anchors, C)
+            factors.append(factor.flatten(1, 3))  # (N, H · W · anchors, C)
 
         # 3. The product, with the scores that training wants.
         scale, shift = (_QUICK * at_least_float32(self.calibration)).unbind()
@@ -226,22 +225,26 @@ def _depths(grids: Sequence[Tensor], strides: Sequence[float]) -> list[Tensor]:
     """How far each score lies below the maxima around it, of its class, here and on the next levels; at most 0.
 
     Args:
-        grids: Logits ``(N, anchors, C, H, W)`` for each level.
+        grids: Logits ``(N, H, W, anchors, C)`` for each level.
         strides: Stride of each level in pixels.
 
     Returns:
-        ``(N, anchors, C, H, W)`` for each level, the sum of the distances.
+        ``(N, H, W, anchors, C)`` for each level, the sum of the distances.
     """
-    cells = [z.amax(dim=1) for z in grids]  # (N, C, H, W)
+    cells = [z.amax(dim=3).permute(0, 3, 1, 2) for z in grids]  # channels last, which pools 30 times as fast on a CPU
     depths = []
     for i, z in enumerate(grids):
-        maxima = [F.max_pool2d(cells[i], 3, stride=1, padding=1)]
-        maxima += [
-            _brought(cells[j], round(strides[i] / strides[j]), cells[i]) for j in (i - 1, i + 1) if 0 <= j < len(grids)
-        ]
-        depth = torch.stack([(z - maximum[:, None]).clamp(max=0) for maximum in maxima]).sum(dim=0)
+        depth = z - _beside(F.max_pool2d(cells[i], 3, stride=1, padding=1))
+        for j in (i - 1, i + 1):
+            if 0 <= j < len(grids):
+                maximum = _brought(cells[j], round(strides[i] / strides[j]), cells[i])
+                depth = depth + (z - _beside(maximum)).clamp(max=0)
         depths.append(depth.clamp(min=_DEEPEST))
     return depths
+
+
+def _beside(maximum: Tensor) -> Tensor:
+    return maximum.permute(0, 2, 3, 1)[..., None, :]  # (N, H, W, 1, C), beside the anchors
 
 
 def _brought(cells: Tensor, ratio: int, like: Tensor) -> Tensor:
