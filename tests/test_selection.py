@@ -114,7 +114,7 @@ def test_depths_are_distances_to_the_maxima_of_the_same_class(anchors, order):
                         _, here, _, *beyond = loop(of_class, strides, i, a, y, x)
                         there = [j for j in (i - 1, i + 1) if 0 <= j < 3]
                         other = [beyond[0] if j < i else beyond[1] for j in there]
-                        expected = max(-10.0, sum(min(0.0, d) for d in (here, *other)))
+                        expected = sum(min(0.0, d) for d in (here, *other))
                         assert made[1, y, x, a, c] == pytest.approx(expected, abs=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_where_the_filter_is_opened_neighbours_keep_their_scores():
     images = [torch.rand(3, 64, 64)] * 2
     detector = build("fcos").eval()
     predictions, features = bump(detector, images, [(29.0, 41.0)])
-    detector.selection.output.bias.data[1] = -6.0  # of "sharper": e⁻⁶ · 64 = 0.16
+    detector.selection.output.bias.data[1] = -6.0  # of "sharper": e⁻⁶ · 128 = 0.32
     with torch.no_grad():
         selected = detector.select(features, predictions).logits.sigmoid()
     kept = selected / predictions.logits.sigmoid()

@@ -20,10 +20,12 @@ __all__ = ["SelectionBranch", "ranking_logits"]
 
 _SCORE_MAPS = 5  # of each anchor, see `_score_maps`
 _GROUPS = 8  # of the norm
-# How the branch begins; found on four data sets, see docs/results.md.
-_SHARPNESS = 64.0  # of the filter: a point 0.1 logits below its neighbour keeps a hundredth of its score
+# How the branch begins; found on held-out images of three data sets, see docs/results.md.
+_SHARPNESS = 128.0  # of the filter: a point 0.02 logits below its neighbour keeps 0.4 of what that one keeps
 _OPENNESS = 2.0  # logit of the factor at a maximum, σ(2) = 0.88: there is something to learn in both directions
-_DEEPEST = -10.0  # distance to a maximum beyond which a point is lost anyway; keeps float16 finite
+# The filter takes no more than 5 from e, to σ(−3) = 0.05. Without a bound, one object whose best point is filtered out
+# outweighs all others in the loss, and the branch learns to let duplicates through.
+_BOUND = -5.0
 _QUICK = 10.0  # times the learning rate, for the two numbers that all scores share
 
 
@@ -33,8 +35,8 @@ class SelectionBranch(nn.Module):
     A one-to-many head scores many points of an object alike. The branch multiplies the score p that the detector ranked
     by (`ranking_logits`) by a factor σ(e), and e is a sum of two:
 
-    - A filter of maxima: k · d, where d ≤ 0 is the distance of the class's logit to the maxima of its 3 × 3 neighbours,
-      of the next coarser and of the next finer level. Of the points of an object the best one keeps its score.
+    - A filter of maxima: k · d, at least −5, where d ≤ 0 is the distance of the class's logit to the maxima of its
+      3 × 3 neighbours, of the next coarser and of the next finer level. Of an object's points the best keeps its score.
     - A logit that three small convolutions predict at each point from the neck's maps and the scores around it. They
       predict how sharp the filter is at that point, k, too: crowds need it less.
 
@@ -141,7 +143,8 @@ class SelectionBranch(nn.Module):
             together = torch.cat([neck, own.to(neck.dtype), number.to(neck.dtype)], dim=1)
             predicted = at_least_float32(self.output(self.trunk(together))).permute(0, 2, 3, 1)[..., None]
             opened, sharper = torch.split(predicted, self.anchors, dim=3)  # (N, H, W, anchors, 1)
-            factor = _OPENNESS + opened + _SHARPNESS * sharper.clamp(-6, 2).exp() * depth
+            filtered = (_SHARPNESS * sharper.clamp(-6, 2).exp() * depth).clamp(min=_BOUND)
+            factor = _OPENNESS + opened + filtered
             factors.append(factor.flatten(1, 3))  # (N, H · W · anchors, C)
 
         # 3. The product, with the scores that training wants.
@@ -239,7 +242,7 @@ def _depths(grids: Sequence[Tensor], strides: Sequence[float]) -> list[Tensor]:
             if 0 <= j < len(grids):
                 maximum = _brought(cells[j], round(strides[i] / strides[j]), cells[i])
                 depth = depth + (z - _beside(maximum)).clamp(max=0)
-        depths.append(depth.clamp(min=_DEEPEST))
+        depths.append(depth)
     return depths
 
 
