@@ -366,4 +366,4 @@ def test_an_onnx_file_detects_what_the_detector_detects(kind, tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     image = scene(((200, 260),))[0][0]
     _, scores, _ = session.run(["boxes", "scores", "labels"], {"images": image[None].numpy()})
-    torch.testing.assert_close(torch.from_numpy(scores)[0], detector([image])[0]["scores"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(scores)[0], detector([image])[0]["scores"], atol=1e-3, rtol=0)

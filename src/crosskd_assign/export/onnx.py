@@ -73,7 +73,7 @@ def export_onnx(
     class_names: Mapping[int, str] | None = None,
     metadata: Mapping[str, str] | None = None,
     opset: int = 18,
-    score_tolerance: float = 1e-5,
+    score_tolerance: float | None = None,
     box_tolerance: float = 1e-3,
 ) -> ExportReport:
     """Write a detector to one ONNX file: pixels in, boxes out, no NMS and no shape that depends on the picture.
@@ -103,7 +103,8 @@ def export_onnx(
         class_names: Name of each label; in the file as JSON, under "class_names".
         metadata: Further entries for the file.
         opset: ONNX operator set, at least 18, which torch writes; for later ones the graph is converted.
-        score_tolerance: Largest difference of a score that is put down to rounding.
+        score_tolerance: Largest difference of a score that is put down to rounding. None: 1e-5; with a selection
+            branch 1e-3, because its filter multiplies the rounding of logits by its sharpness.
         box_tolerance: Largest difference of a box's side that is, in pixels.
 
     Raises:
@@ -145,6 +146,9 @@ def export_onnx(
     model = trace_model(view, probe, image_size, batch_size, opset)
     names = {} if class_names is None else {"class_names": json.dumps(dict(class_names), ensure_ascii=False)}
     describe_model(model, view, probe, {"classes": str(predicted.shape[1]), **names, **(metadata or {})})
+
+    if score_tolerance is None:
+        score_tolerance = 1e-5 if view.selection is None else 1e-3
 
     # 4. A file, that replaces the old one once onnxruntime has found with it what the detector finds.
     unchecked = path.with_name(f".{path.name}.{os.getpid()}.unchecked")
