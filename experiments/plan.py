@@ -304,6 +304,8 @@ MODIFIERS = {
     "unaligned": Modifier("no alignment", {"alignment": "none"}),
     "entry": Modifier("entry 0", {"entry": 0}, numbered="entry {:g}"),
     "features": Modifier("feature imitation", {"distill_features": 1.0}, numbered="feature imitation of weight {:g}"),
+    # On sets with labels on a part of the images: the others are half of every batch, so an epoch has twice the steps.
+    "unlabelled": Modifier("images without labels", {"unlabelled": "unlabelled"}),
     # The student's own training.
     "auxiliary": Modifier("auxiliary head", {"auxiliary_head": True}),
     "detached": Modifier("detached", {"detach": True}),
@@ -516,6 +518,7 @@ STUDIES = {
         "one-to-many-large",
         "one-to-one-inherit",
         "cross-head-large-inherit-decay-features",
+        "cross-head-large-inherit-decay-features-unlabelled-50pc",
         "unlabelled-pseudo-inherit",
         "unlabelled-pseudo-large-inherit",
     ),

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "examples" / "coco"
 sys.path.insert(0, str(SCRIPTS))
 
-from labels import keep_labels, pseudo_label  # noqa: E402  # what these import is found by the path above
+from labels import UNLABELLED, keep_labels, pseudo_label  # noqa: E402  # what these import is found by the path above
 from made import make  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "runs.jsonl"
@@ -167,8 +167,11 @@ class Runner:
             for leftover in folder.iterdir():
                 leftover.unlink()
         # 2. Train.
-        command = [str(SCRIPTS / "train.py"), "--output", str(folder), *self._flags(run.options)]
-        command += ["--data-path", str(self._data(run)), "--log-every", "100"]
+        data, options = self._data(run), run.options
+        if UNLABELLED in options:
+            options = {**options, UNLABELLED: str(data / UNLABELLED)}
+        command = [str(SCRIPTS / "train.py"), "--output", str(folder), *self._flags(options)]
+        command += ["--data-path", str(data), "--log-every", "100"]
         if run.teacher is not None:
             flag = "--convert" if variant(run.variant).converts else "--teacher"
             command += [flag, str(self.work / run.teacher.key)]

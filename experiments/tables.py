@@ -3,8 +3,9 @@
 python experiments/tables.py
 
 A table replaces what stands between ``<!-- table: SET SPLIT -->`` and ``<!-- end -->`` in a document; likewise
-``gains: SETS SPLIT``, which may end in ``over VARIANT``, and ``memory: SETS SPLIT``. APs are per cent, mean ± standard
-deviation over seeds. Rows whose lines have a ``note`` are marked, and a footnote repeats it.
+``gains: SETS SPLIT``, which may end in ``over VARIANT``, ``conversions: SETS SPLIT`` and ``memory: SETS SPLIT``. APs
+are per cent, mean ± standard deviation over seeds. Rows whose lines have a ``note`` are marked, and a footnote repeats
+it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ MARKS = "†‡§"  # of notes, in order of appearance
 Line = dict[str, Any]
 Groups = dict[str, list[Line]]  # the seeds of every variant
 
-_TABLE = re.compile(r"(<!-- (table|gains|memory): (\S+) (\S+)(?: over (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- (table|gains|conversions|memory): (\S+) (\S+)(?: over (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # 2. Fill in the tables.
     def filled(match: re.Match[str]) -> str:
         begin, kind, data, split, over, end = match.groups()
-        makers: dict[str, Callable[..., str]] = {"table": table, "gains": gains, "memory": memorised}
+        makers: dict[str, Callable[..., str]] = {"table": table, "gains": gains, "conversions": conversions}
+        makers["memory"] = memorised
         made = makers[kind](lines, data.split(","), split, **({"over": over} if over else {}))
         return f"{begin}\n{made}\n\n{end}"
 
@@ -60,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = grouped(lines, data, "final")
         if BASELINE in found and not data.startswith("overlap"):  # which `overlap.py` draws
             draw(found, options.images / f"results-{data}.png", data)
+    draw_conversions(lines, options.images / "conversion.png")
 
 
 def grouped(lines: Iterable[Line], data: str, split: str) -> Groups:
@@ -162,6 +167,40 @@ def gains(lines: Sequence[Line], data: Sequence[str], split: str, over: str = BA
     return text + footnotes(text, marks)
 
 
+def conversions(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
+    """Compare a detector with NMS with what its conversions have without, and with itself trained further.
+
+    The last column is the mean gain over the detector with NMS, seed by seed, and over sets. The detector is ranked as
+    it does better.
+    """
+    # 1. The original.
+    found = {name: grouped(lines, name, split) for name in data}
+    rows = [["the detector, with NMS", *(spread(with_nms(groups), "ap_nms") for groups in found.values()), ""]]
+    rows.append(["the detector, without NMS", *(spread(groups[BASELINE], "ap") for groups in found.values()), ""])
+    # 2. What became of it.
+    names = dict.fromkeys(name for groups in found.values() for name in groups)
+    for name in sorted(
+        (n for n in names if _is_conversion(n)), key=lambda n: (n.startswith(BASELINE), variant(n).order)
+    ):
+        further = name.startswith(BASELINE)
+        ap = [with_nms(groups, name) if further else groups.get(name, []) for groups in found.values()]
+        key = "ap_nms" if further else "ap"
+        steps = [
+            after[seed] - base[seed]
+            for runs, groups in zip(ap, found.values(), strict=True)
+            for after, base in [(_by_seed(runs, key), _by_seed(with_nms(groups), "ap_nms"))]
+            for seed in after
+        ]
+        gain = f"{statistics.mean(steps):+.1f}" if steps and all(ap) else "–"
+        own = variant(name).title + (", with NMS" if further else "")
+        rows.append([own, *(spread(runs, key) for runs in ap), gain])
+    return markdown(["", *data, "mean gain"], rows)
+
+
+def _is_conversion(name: str) -> bool:
+    return name.startswith(("convert", f"{BASELINE}-further")) and not name.endswith(BY_CLASS)
+
+
 def _by_seed(runs: Sequence[Line], key: str) -> dict[int, float]:
     return {run["seed"]: 100 * run["scores"][key] for run in runs}
 
@@ -231,6 +270,64 @@ def draw(found: Groups, path: Path, data: str) -> None:
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_conversions(lines: Sequence[Line], path: Path) -> None:
+    """Plot the AP of conversions against the share of epochs, a panel a set; that of the detector itself as lines."""
+    sets = [data for data in SETS if "convert-10pc" in grouped(lines, data, "final") and not data.startswith("overlap")]
+    if not sets:
+        return
+    figure, all_axes = plt.subplots(1, len(sets), figsize=(3.4 * len(sets), 3.6), layout="constrained", squeeze=False)
+    for axes, data in zip(all_axes[0], sets, strict=True):
+        found = grouped(lines, data, "final")
+        # 1. The detector as it was.
+        for runs, key, style, label in (
+            (with_nms(found), "ap_nms", "--", "the detector, with NMS"),
+            (found[BASELINE], "ap", ":", "the detector, without NMS"),
+        ):
+            axes.axhline(
+                100 * statistics.mean(r["scores"][key] for r in runs), color="0.4", linestyle=style, label=label
+            )
+        # 2. What became of it. Colours of Okabe and Ito, which colour-blind readers tell apart.
+        for start, color, marker, label in (
+            ("convert", "#0072B2", "o", "converted, without NMS"),
+            ("convert-frozen", "#D55E00", "s", "only the branch trained, without NMS"),
+            (f"{BASELINE}-further", "#999999", "^", "trained further, with NMS"),
+        ):
+            key = "ap_nms" if start.startswith(BASELINE) else "ap"
+            points = []
+            for name in found:
+                share = _share_of(name, start)
+                if share is not None:
+                    values = [
+                        100 * r["scores"][key] for r in (with_nms(found, name) if key == "ap_nms" else found[name])
+                    ]
+                    points.append(
+                        (share, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+                    )
+            if points:
+                x, y, deviation = zip(*sorted(points), strict=True)
+                axes.errorbar(x, y, deviation, color=color, marker=marker, capsize=2, label=label)
+        axes.set_xscale("symlog", linthresh=5, linscale=0.6)
+        axes.set_xticks([0, 5, 10, 25, 50, 100], ["0", "5", "10", "25", "50", "100"])
+        axes.set_xlim(-0.7, 115)
+        axes.set_xlabel("per cent of the detector's epochs")
+        axes.set_title(data)
+        axes.grid(alpha=0.3)
+    all_axes[0][0].set_ylabel("AP")
+    handles, labels = all_axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _share_of(name: str, start: str) -> float | None:
+    """The share of the epochs, in per cent, of a variant that is named by its start and a length alone."""
+    rest = name.removeprefix(start)
+    if name == "convert-untrained" and start in ("convert", "convert-frozen"):
+        return 0.0
+    match = re.fullmatch(r"(?:-(\d+)pc)?", rest) if name.startswith(start) else None
+    return None if match is None else float(match[1] or 100)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,27 @@ def test_tables_and_plots_say_what_the_lines_say(tmp_path):
     assert document.read_text() == text
 
 
+def test_conversions_are_compared_with_what_they_were_seed_by_seed(tmp_path):
+    lines = [line("one-to-many", s, 0.2, 0.3 + s / 100) for s in range(3)]  # by class alone 0.31 + s / 100
+    lines += [line("convert-untrained", s, 0.3 + s / 100, 0.3) for s in range(3)]
+    lines += [line("convert-10pc", s, 0.35 + s / 100, 0.3) for s in range(2)]
+    lines += [line("convert-frozen-10pc", s, 0.3, 0.3) for s in range(2)]
+    lines += [line("one-to-many-further-10pc", s, 0.1, 0.33) for s in range(3)]
+    text = tables.conversions(lines, ["bccd"], "final")
+    assert "| the detector, with NMS | 32.0 ± 1.0 |  |" in text
+    assert "| the detector, without NMS | 20.0 ± 0.0 |  |" in text
+    assert "| converted, nothing trained | 31.0 ± 1.0 | -1.0 |" in text
+    assert "| converted, 10 % of the epochs | 35.5 ± 0.7 | +4.0 |" in text
+    assert "| one-to-many, trained further, 10 % of the epochs, with NMS | 33.0 ± 0.0 | +1.0 |" in text
+    assert tables._share_of("convert-5pc", "convert") == 5
+    assert tables._share_of("convert", "convert") == 100
+    assert tables._share_of("convert-untrained", "convert") == 0
+    assert tables._share_of("convert-frozen-10pc", "convert") is None
+    assert tables._share_of("convert-poto-10pc", "convert") is None
+    tables.draw_conversions(lines, tmp_path / "conversion.png")
+    assert (tmp_path / "conversion.png").stat().st_size > 5000
+
+
 def test_notes_of_lines_are_footnotes_of_the_tables_that_show_them(tmp_path):
     noted = {**line("auxiliary-head", 0, 0.2, 0.3), "note": "another head"}
     lines = [
