@@ -117,7 +117,7 @@ def halve_onnx(
     *,
     threshold: float = 0.3,
     least_matched: float = 0.98,
-    score_tolerance: float = 0.05,
+    score_tolerance: float = 0.01,
 ) -> PrecisionReport:
     """Bring the network in a detector's ONNX file to half precision; inputs, outputs and decoding stay in float32.
 
@@ -129,7 +129,8 @@ def halve_onnx(
         images: ``(3, H, W)`` in 0…1 to check with.
         threshold: Detections that score less are not compared.
         least_matched: Share of the detections that must be found again.
-        score_tolerance: Largest difference of their scores that is put down to rounding.
+        score_tolerance: Mean difference of their scores that is put down to rounding. Single ones may differ by more:
+            a selection branch decides between two points that score alike.
 
     Raises:
         ExportError: As `quantize_onnx`; or the detections are others.
@@ -150,10 +151,10 @@ def halve_onnx(
         return convert(model, keep_io_types=True, node_block_list=others)
 
     def verified(found: Agreement) -> None:
-        if found.matched < least_matched or found.score_difference > score_tolerance:
+        if found.matched < least_matched or found.mean_score_difference > score_tolerance:
             raise ExportError(
-                expected=f"{least_matched:.0%} of the detections in half precision, scores within {score_tolerance}",
-                got=f"{found.matched:.1%}, scores within {found.score_difference:.3g}",
+                expected=f"{least_matched:.0%} of the detections in half precision, mean gap {score_tolerance}",
+                got=f"{found.matched:.1%}, mean gap {found.mean_score_difference:.3g}",
                 where=f"{output}",
                 fix="leave it in float32, or lower the bounds",
             )
