@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 BASELINE = "one-to-many"
 BY_CLASS = " by class"
+NAMES = {"bccd": "cells", "demo": "scenes", "highway": "roads", "pcb": "boards"}  # as documents call the sets
 MARKS = "†‡§"  # of notes, in order of appearance
 Line = dict[str, Any]
 Groups = dict[str, list[Line]]  # the seeds of every variant
@@ -194,7 +195,7 @@ def conversions(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
         gain = f"{statistics.mean(steps):+.1f}" if steps and all(ap) else "–"
         own = variant(name).title + (", with NMS" if further else "")
         rows.append([own, *(spread(runs, key) for runs in ap), gain])
-    return markdown(["", *data, "mean gain"], rows)
+    return markdown(["", *(NAMES.get(name, name) for name in data), "mean gain"], rows)
 
 
 def _is_conversion(name: str) -> bool:
@@ -312,7 +313,7 @@ def draw_conversions(lines: Sequence[Line], path: Path) -> None:
         axes.set_xticks([0, 5, 10, 25, 50, 100], ["0", "5", "10", "25", "50", "100"])
         axes.set_xlim(-0.7, 115)
         axes.set_xlabel("per cent of the detector's epochs")
-        axes.set_title(data)
+        axes.set_title(NAMES.get(data, data))
         axes.grid(alpha=0.3)
     all_axes[0][0].set_ylabel("AP")
     handles, labels = all_axes[0][0].get_legend_handles_labels()
