@@ -43,6 +43,8 @@ mpl.use("agg")
 
 import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
 
+plt.style.use("tableau-colorblind10")
+
 Line = dict[str, Any]
 Selection = Callable[[Detection], Detection]
 
@@ -260,9 +262,10 @@ def draw(lines: Sequence[Line], path: Path, data: str) -> None:
         for n, ((name, selection), runs) in enumerate(shown.items()):
             means = [100 * _mean(runs, f"{overlap:g}", key) for overlap in OVERLAPS]
             spreads = [100 * _deviation(runs, f"{overlap:g}", key) for overlap in OVERLAPS]
-            style = "--" if name.startswith(BASELINE) else "-"
-            label = f"{variant(name).title}, {selection}"
-            axes.plot(OVERLAPS, means, style, color=f"C{n % 10}", marker=".", label=label if key == "ap" else None)
+            # Apart without colours, too: dashes, widths and marks.
+            style = {"ls": "--", "lw": 1.2} if name.startswith(BASELINE) else {"ls": "-", "lw": 2.4}
+            label = f"{variant(name).title}, {selection}" if key == "ap" else None
+            axes.plot(OVERLAPS, means, color=f"C{n % 10}", marker="osD^vP*X"[n % 8], ms=5, label=label, **style)
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
             axes.fill_between(OVERLAPS, low, high, color=f"C{n % 10}", alpha=0.12, linewidth=0)
         axes.set_xlabel(f"IoU of neighbours of one class ({data})")
