@@ -25,6 +25,7 @@ def test_a_version_that_changelog_and_citation_name_can_be_released(heading):
     [
         ("## [Unreleased]\n", CITATION, r"a heading for 1\.2\.0 in CHANGELOG"),
         ("## [1.2.01]\n## 1x2.0\n# 1.2.0\ntext ## 1.2.0\n", CITATION, "a heading for"),
+        ("## [1.2.0] - unreleased\n", CITATION, "a date in CHANGELOG"),
         ("## [1.2.0]\n", "version: 1.2.0.1\n", r"in CITATION\.cff"),
     ],
 )
