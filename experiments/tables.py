@@ -180,9 +180,7 @@ def conversions(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
     rows.append(["the detector, without NMS", *(spread(groups[BASELINE], "ap") for groups in found.values()), ""])
     # 2. What became of it.
     names = dict.fromkeys(name for groups in found.values() for name in groups)
-    for name in sorted(
-        (n for n in names if _is_conversion(n)), key=lambda n: (n.startswith(BASELINE), variant(n).order)
-    ):
+    for name in sorted((n for n in names if _is_conversion(n)), key=_shortest_first):
         further = name.startswith(BASELINE)
         ap = [with_nms(groups, name) if further else groups.get(name, []) for groups in found.values()]
         key = "ap_nms" if further else "ap"
@@ -200,6 +198,11 @@ def conversions(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
 
 def _is_conversion(name: str) -> bool:
     return name.startswith(("convert", f"{BASELINE}-further")) and not name.endswith(BY_CLASS)
+
+
+def _shortest_first(name: str) -> tuple[bool, float, str]:
+    own = variant(name)
+    return name.startswith(BASELINE), own.length if own.options.get("epochs") != 0 else 0.0, name
 
 
 def _by_seed(runs: Sequence[Line], key: str) -> dict[int, float]:
