@@ -40,6 +40,7 @@ PAGE = "docs/troubleshooting.md#warnings-of-the-first-step"  # has a section for
 CONFIDENT = 0.05  # scores above it count for cross-head distillation
 SOME = 0.4  # share of boxes with inverted corners from which on their columns are doubted; fewer are bad boxes
 FRACTION = 1.5  # boxes of an image are fractions of it if no coordinate is larger; a little more than 1 for rounding
+_INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))  # folders of code between
 
 
 class FirstLook:
@@ -61,9 +62,6 @@ class FirstLook:
         self.done = True
         if is_first_rank() and (symptom := find(subject)):
             _warn_caller(f"{symptom} See {PAGE}; check_adapter tells more.")
-
-
-_INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))  # folders of code between
 
 
 def _warn_caller(message: str) -> None:

@@ -40,7 +40,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     try:
         parser.set_defaults(**_conversion(arguments))
     except RunError as error:
-        parser.error(f"{error}\nSee {error.page}.")
+        parser.error(f"{error}")
 
     # 3. Parse, and refuse what means nothing.
     options = Options.from_flat(vars(parser.parse_args(arguments)))

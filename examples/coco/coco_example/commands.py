@@ -22,9 +22,11 @@ __all__ = ["CommandParser", "run_command", "say", "warn"]
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are a sentence, without the usage and what a terminal would obey."""
 
+    page = "docs/troubleshooting.md#an-option-is-refused"
+
     @override
     def error(self, message: str) -> NoReturn:
-        self.exit(2, printable(f"{self.prog}: error: {message}\nSee --help, which lists all options.\n"))
+        self.exit(2, printable(f"{self.prog}: error: {message}\nSee --help, or {self.page}.\n"))
 
 
 def run_command(work: Callable[[], object]) -> int:

@@ -98,6 +98,7 @@ def test_warnings_end_with_a_section_that_is_there(capsys):
     assert capsys.readouterr().err == f"warning: a\nwarning: b\nSee {CUTS_PAGE}.\n"
     assert leads_somewhere(CUTS_PAGE)
     assert leads_somewhere(loggers.PAGE)
+    assert leads_somewhere(CommandParser.page)
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
