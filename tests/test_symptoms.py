@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import re
 import warnings
 from dataclasses import replace
@@ -81,6 +82,41 @@ def test_the_first_step_warns_once_of_the_worst(kind, change, words):
     assert said.endswith("See docs/troubleshooting.md#warnings-of-the-first-step; check_adapter tells more.")
     assert messages(copy.deepcopy(detector), images, targets) == []
     assert len(messages(EndToEndDetector(foreign_detector(kind)), images, targets)) == 1
+
+
+@pytest.mark.parametrize("through", ["call", "distiller", "another module", "losses"])
+def test_the_warning_is_at_the_line_of_the_users_that_led_to_it(through):
+    images, targets = scene(SIZES)
+    images = [255 * x for x in images]
+    detector = EndToEndDetector(tiny_detector())
+    model: nn.Module = detector
+    if through == "distiller":
+        model = CrossHeadDistiller(detector, tiny_detector(1))
+    if through == "another module":
+        model = nn.Sequential(nn.Identity(), Unpacked(detector))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if through == "losses":
+            detector.losses(detector.run(images, targets))  # HERE losses
+        elif through == "another module":
+            model((images, targets))
+        else:
+            model(images, targets)  # HERE call, HERE distiller
+    [first, *_] = caught
+    line = linecache.getline(first.filename, first.lineno)
+    assert first.filename == __file__
+    assert f"HERE {through}" in line, line
+
+
+class Unpacked(nn.Module):
+    """A user's module around a detector."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, batch: Any) -> Any:
+        return self.detector(*batch)  # HERE another module
 
 
 def test_other_ranks_and_evaluation_say_nothing(monkeypatch):

@@ -263,6 +263,48 @@ def test_the_first_bad_box_of_a_batch_is_named(bad):
             model([IMAGE, IMAGE], targets)
 
 
+def test_the_remedies_of_a_bad_box_and_a_bad_label_work_on_plain_tensors():
+    boxes = torch.tensor([[1.0, 1, 9, 9], [4, 1, 3, 8], [2, 2, 20, 20]])
+    labels = torch.tensor([2, 0, 1])
+    with pytest.raises(TargetError) as caught:
+        EndToEndDetector(tiny_detector())([IMAGE], [{"boxes": boxes, "labels": labels}])
+    [remedy] = re.findall(r"keep = .*?\(dim=1\)", caught.value.fix)
+    names: Any = {"boxes": boxes, "labels": labels}
+    exec(remedy, names)  # noqa: S102
+    kept: Any = {name: names[name][names["keep"]] for name in ("boxes", "labels")}
+    assert kept["labels"].tolist() == [2, 1]
+    assert EndToEndDetector(tiny_detector())([IMAGE], [kept])
+
+    with pytest.raises(TargetError) as caught:
+        EndToEndDetector(tiny_detector())([IMAGE], [{**kept, "labels": kept["labels"] + 1}])
+    words = "1…2 for a torchvision detector of num_classes=3 (0 is its background), 0…2 for an adapter"
+    assert words in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("field", "shape", "remedy"),
+    [
+        ("logits", (2, 4, 8, 8), "x.flatten(2).transpose(1, 2), then concatenate all levels"),
+        ("boxes", (2, 84, 3), "return four coordinates in the last dimension"),
+        ("boxes", (2, 4, 8, 8), "x.flatten(2).transpose(1, 2), then concatenate all levels"),
+        ("boxes", (2, 83, 4), "concatenate all levels in one order"),
+        ("quality", (2, 84, 1), "drop the last dimension"),
+        ("distribution", (2, 84, 3, 8), "return four sides in the last dimension but one"),
+        ("distribution", (2, 84, 32), "distribution.unflatten(-1, (4, -1))"),
+    ],
+)
+def test_the_remedy_of_a_shape_is_of_the_axis_at_fault(field, shape, remedy):
+    predictions = replace(PREDICTIONS, **{field: torch.zeros(shape)})
+    with pytest.raises(PredictionError) as caught:
+        validate_predictions(predictions, where="head()", images=2)
+    assert remedy in caught.value.fix
+    for name, build in (("sides", DensePredictions.from_sides), ("centers", DensePredictions.from_centers)):
+        if field == "boxes":
+            with pytest.raises(PredictionError) as caught:
+                build(PREDICTIONS.logits, torch.zeros(shape), GRIDS[1])
+            assert remedy.replace("coordinates", "sides" if name == "sides" else "coordinates") in caught.value.fix
+
+
 def test_boxes_of_x_y_width_and_height_are_recognised_by_their_remedy():
     boxes = torch.tensor([[8.0, 8, 4, 6], [1, 1, 9, 9]])
     with pytest.warns(UserWarning, match="looks like x, y, w, h"), pytest.raises(TargetError) as caught:
@@ -396,6 +438,9 @@ def test_a_model_without_an_adapter_is_refused():
         "adapt",
     ):
         adapt(nn.Linear(2, 2))
+    with pytest.raises(UnknownDetectorError, match="SSDlite, EfficientDet, YOLO, YOLOX") as caught:
+        adapt(nn.Linear(2, 2))
+    assert leads_somewhere(*re.findall(r"docs/how-to/third-party\.md", caught.value.fix))
 
 
 def test_a_copied_distiller_says_that_its_teacher_is_missing():

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coco_example.commands import CommandParser, run_command, say
+from coco_example.commands import CommandParser, run_command, warn
 from coco_example.data.annotations import Category
 from coco_example.data.dataset import CocoDataset
 from coco_example.data.layouts import locate_split
 from coco_example.data.preflight import judge_boxes, judge_pictures
 from coco_example.data.reader import read_coco
 from coco_example.data.values import Identifier, key_of
-from coco_example.errors import printable
+from coco_example.errors import DataError, printable
 from coco_example.evaluation.coco_metrics import coco_results
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, detect, score, table
 from coco_example.evaluation.onnx_detector import OnnxDetector
@@ -29,7 +29,7 @@ from coco_example.evaluation.operating_point import describe_thresholds, thresho
 from coco_example.files import write_json, write_whole
 from coco_example.models.foreign import python_detector
 from coco_example.models.saved_model import load_model
-from coco_example.models.score_thresholds import ScoreThresholds
+from coco_example.models.score_thresholds import CUTS_PAGE, ScoreThresholds
 
 from crosskd_assign import adapt
 from crosskd_assign.structures import Detection
@@ -104,8 +104,7 @@ def run(options: argparse.Namespace) -> None:
     folder, file = locate_split(options.data_path, options.split, options.annotations, options.images)
     index = read_coco(folder, file, classes, progress=True)
     categories = index.label_to_category if classes else labels
-    for warning in judge_boxes(index, options.split, top_k=detector.top_k):
-        say(f"warning: {warning}")
+    warn(judge_boxes(index, options.split, top_k=detector.top_k), DataError.page)
     judge_pictures(index, limit=options.limit)
 
     # 2. Score.
@@ -147,7 +146,7 @@ def _report_cuts(
         return
     cut = sum(thresholds.cuts(detection, top_k, labels) for detection in detections)
     if cut:
-        say(thresholds.warn_of_cuts(cut, len(detections), top_k))
+        warn([thresholds.warn_of_cuts(cut, len(detections), top_k)], CUTS_PAGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from coco_example.commands import CommandParser, run_command, say
+from coco_example.commands import CommandParser, run_command, say, warn
 from coco_example.data.pictures import is_picture, read_picture
-from coco_example.errors import RunError
+from coco_example.errors import DataError, RunError
 from coco_example.evaluation.evaluation import NMS_THRESHOLD, Detector, Ranking, on_cpu
 from coco_example.evaluation.onnx_detector import OnnxDetector
 from coco_example.figures.draw import draw_predictions
 from coco_example.models.class_filter import labels_of
 from coco_example.models.saved_model import load_model
-from coco_example.models.score_thresholds import USUAL, ScoreThresholds
+from coco_example.models.score_thresholds import CUTS_PAGE, USUAL, ScoreThresholds
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -276,7 +276,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 title = f"{name}: {len(names)} found"
                 draw_predictions(pictures[n], [image], [(title, [strong])], loaded.class_names, 0.0)
         if cut and loaded.top_k is not None:
-            say(loaded.thresholds.warn_of_cuts(cut, file.rows, loaded.top_k))
+            warn([loaded.thresholds.warn_of_cuts(cut, file.rows, loaded.top_k)], CUTS_PAGE)
         counts = {"pictures": file.rows, "objects": objects, "in": str(options.output)}
         return {**counts, "score_threshold": str(loaded.thresholds)}, failures
 
@@ -286,6 +286,8 @@ def report(options: argparse.Namespace) -> list[str]:
     summary, failures = run(options)
     for failure in failures:
         say(f"error: {failure}")
+    if failures:
+        say(f"See {DataError.page}.")
     print(json.dumps(summary))
     return failures
 

@@ -26,6 +26,7 @@ from .geometry import (
     boxes_from_sides,
     expected_distance,
 )
+from .remedies import remedy_of_shape
 from .transfer import send
 
 __all__ = [
@@ -362,7 +363,7 @@ def _validate_numbers(name: str, numbers: Tensor, shape: tuple[int | None, ...])
             expected=f"{name} of shape ({', '.join('*' if want is None else str(want) for want in shape)})",
             got=f"{tuple(sizes)}",
             where=f"DensePredictions, {name}",
-            fix="flatten maps as x.flatten(2).transpose(1, 2) and concatenate all levels, with a grid for each",
+            fix=remedy_of_shape(name, sizes, shape),
         )
 
 

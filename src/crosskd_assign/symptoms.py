@@ -6,8 +6,12 @@ All of these train without an error, and to no good. A symptom is the error that
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -36,6 +40,7 @@ PAGE = "docs/troubleshooting.md#warnings-of-the-first-step"  # has a section for
 CONFIDENT = 0.05  # scores above it count for cross-head distillation
 SOME = 0.4  # share of boxes with inverted corners from which on their columns are doubted; fewer are bad boxes
 FRACTION = 1.5  # boxes of an image are fractions of it if no coordinate is larger; a little more than 1 for rounding
+_INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))  # folders of code between
 
 
 class FirstLook:
@@ -56,7 +61,18 @@ class FirstLook:
             return
         self.done = True
         if is_first_rank() and (symptom := find(subject)):
-            warnings.warn(f"{symptom} See {PAGE}; check_adapter tells more.", stacklevel=4)
+            _warn_caller(f"{symptom} See {PAGE}; check_adapter tells more.")
+
+
+def _warn_caller(message: str) -> None:
+    """Warn at the line of the user's that led here: torch calls us, and we call ourselves, at depths that vary."""
+    if sys.version_info >= (3, 12):
+        warnings.warn(message, skip_file_prefixes=_INNER)
+        return
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_INNER):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def worst_symptom(run: ForwardPass) -> CrossKDError | None:

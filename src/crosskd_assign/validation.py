@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ImageError, OptionError, PredictionError, TargetError
+from .remedies import remedy_of_shape
 from .structures import DensePredictions, Target
 
 __all__ = [
@@ -245,7 +246,8 @@ def validate_target_values(
             where=f'targets[{image[b]}]["boxes"][{target[b]}]',
             fix=(
                 'if they are x, y, width, height, convert them: torchvision.ops.box_convert(boxes, "xywh", "xyxy"); '
-                "if they are corners, drop such boxes, as torchvision.transforms.v2.SanitizeBoundingBoxes does"
+                "if they are corners, drop such boxes: keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1), then "
+                "boxes[keep], labels[keep]"
             ),
         )
     bad = (labels < 0) | (labels >= num_classes)
@@ -255,11 +257,17 @@ def validate_target_values(
             expected=f"a label in 0…{num_classes - 1}",
             got=f"{labels[b]}",
             where=f'targets[{image[b]}]["labels"][{target[b]}]',
-            fix=(
-                f"map labels to the student's {num_classes} class channels, from 0, or build it with more classes; "
-                "torchvision's detectors count the background as class 0"
-            ),
+            fix=f"labels are class channels: {_channels(num_classes)}; build it with more classes, or map the labels",
         )
+
+
+def _channels(count: int) -> str:
+    """Name the labels that a detector of so many class channels learns."""
+    if count == 1:
+        return "0 alone; of a torchvision detector that is the background, so that K classes need num_classes=K + 1"
+    last = count - 1
+    objects = "1" if last == 1 else f"1…{last}"
+    return f"{objects} for a torchvision detector of num_classes={count} (0 is its background), 0…{last} for an adapter"
 
 
 def validate_predictions(predictions: DensePredictions, *, where: str, images: int) -> None:
@@ -271,13 +279,14 @@ def validate_predictions(predictions: DensePredictions, *, where: str, images: i
             where=where,
             fix="return what DensePredictions.from_sides or one of its kin builds",
         )
-    logits, fix = predictions.logits, "concatenate all levels in one order for every field"
+    logits = predictions.logits
 
-    def fault(name: str, expected: str, got: object) -> PredictionError:
+    def fault(name: str, expected: str, got: Sequence[int], shape: Sequence[int | None]) -> PredictionError:
+        fix = remedy_of_shape(name, got, shape)
         return PredictionError(expected=expected, got=f"{got}", where=f"{where}.{name}", fix=fix)
 
     if logits.dim() != 3 or logits.shape[0] != images:
-        raise fault("logits", f"logits of shape ({images}, A, C)", tuple(logits.shape))
+        raise fault("logits", f"logits of shape ({images}, A, C)", tuple(logits.shape), (images, None, None))
     a = logits.shape[1]
     fields: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("boxes", predictions.boxes, (images, a, 4)),
@@ -287,9 +296,10 @@ def validate_predictions(predictions: DensePredictions, *, where: str, images: i
     ]
     for name, value, shape in fields:
         if value is not None and tuple(value.shape) != shape:
-            raise fault(name, f"{name} of shape {shape} for {a} points", tuple(value.shape))
+            raise fault(name, f"{name} of shape {shape} for {a} points", tuple(value.shape), shape)
     bins = predictions.distribution
     if bins is not None and (bins.dim() != 4 or bins.shape[:3] != (images, a, 4)):
-        raise fault("distribution", f"distribution of shape ({images}, {a}, 4, R)", tuple(bins.shape))
+        expected = f"distribution of shape ({images}, {a}, 4, R)"
+        raise fault("distribution", expected, tuple(bins.shape), (images, a, 4, None))
     if predictions.levels is not None and sum(map(len, predictions.levels)) != a:
-        raise fault("levels", f"levels that hold {a} points in all", [len(level) for level in predictions.levels])
+        raise fault("levels", f"levels that hold {a} points in all", [len(level) for level in predictions.levels], (a,))

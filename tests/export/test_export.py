@@ -337,6 +337,21 @@ class AsksForNothing(OnePixelAdapter):
         return DensePredictions.on_grid(logits if torch.onnx.is_in_onnx_export() else logits * 1, boxes, [level])
 
 
+class AsksForTheSize(OnePixelAdapter):
+    """Predicts otherwise on small pictures, in Python."""
+
+    def predictions(self, logits: Tensor, boxes: Tensor, level: GridLevel) -> DensePredictions:
+        return DensePredictions.on_grid(logits if level.width > 12 else -logits, boxes, [level])
+
+
+class ChoosesBySize(OnePixelAdapter):
+    """Predicts otherwise on small pictures, in the graph."""
+
+    def predictions(self, logits: Tensor, boxes: Tensor, level: GridLevel) -> DensePredictions:
+        width = torch.full((), level.width, dtype=torch.float32, device=logits.device)
+        return DensePredictions.on_grid(torch.where(width > 12, logits, -logits), boxes, [level])
+
+
 class CountsByLen(OnePixelAdapter):
     """Splits by ``len(level)``, which is a Python number."""
 
@@ -411,6 +426,17 @@ def test_an_adapter_that_fixes_the_number_of_images_is_told_so_and_exports_for_t
         export_onnx(one_pixel(Looper), tmp_path / "a.onnx", **SMALL)
     assert not list(tmp_path.iterdir())
     assert export_onnx(one_pixel(Looper), tmp_path / "a.onnx", batch_size=1, **SMALL).input_shape == (1, 3, 32, 64)
+
+
+def test_an_if_on_the_size_is_found_out_with_open_sizes_and_its_cures_export(tmp_path):
+    path = tmp_path / "a.onnx"
+    with pytest.raises(ExportError, match=r"the detections of the detector.*\(., 3, 64, 64\)"):
+        export_onnx(one_pixel(AsksForTheSize), path)
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(one_pixel(AsksForTheSize), path, image_size=(64, 64)).batches[0] == (1, 3, 64, 64)
+    detector = one_pixel(ChoosesBySize)
+    export_onnx(detector, path)
+    check_any_size(detector, path, [(64, 64), (64, 320), (48, 96), (48, 104)])
 
 
 @pytest.mark.parametrize("asks", ["onnx.is_in_onnx_export", "compiler.is_exporting"])

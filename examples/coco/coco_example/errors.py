@@ -24,9 +24,13 @@ __all__ = [
 class DataError(CrossKDError):
     """Data that cannot be used: a data set on disk, detections to score, images to draw, a log to read."""
 
+    page = "docs/troubleshooting.md#dataerror"
+
 
 class FileError(CrossKDError):
     """The operating system refused to read or write a file."""
+
+    page = "docs/troubleshooting.md#fileerror"
 
     @classmethod
     def of(cls, error: OSError) -> FileError:
@@ -59,21 +63,31 @@ _FIXES = {
 class MissingPackageError(CrossKDError, ModuleNotFoundError):
     """A package that an option needs is not installed."""
 
+    page = "docs/troubleshooting.md#missingpackageerror"
+
 
 class ModelError(CrossKDError):
     """A model that cannot be built, or weights that do not fit it."""
+
+    page = "docs/troubleshooting.md#modelerror"
 
 
 class RunError(CrossKDError):
     """A run that cannot start, continue, be read or be exported: its folder, teacher or options."""
 
+    page = "docs/troubleshooting.md#runerror"
+
 
 class NonFiniteLossError(CrossKDError):
     """A loss or weight that is NaN or infinite; the last checkpoint is from before."""
 
+    page = "docs/troubleshooting.md#nonfinitelosserror"
+
 
 class DeadLossError(CrossKDError):
     """A loss term that has been exactly 0 for many steps: something is not connected."""
+
+    page = "docs/troubleshooting.md#deadlosserror"
 
 
 def first_line(error: BaseException) -> str:

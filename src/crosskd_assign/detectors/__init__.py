@@ -102,5 +102,6 @@ def adapt(
         where="adapt",
         fix="subclass DetectorAdapter with features(batch) -> list of maps and head(features, image_size) -> "
         "DensePredictions, and pass MyAdapter(model); docs/how-to/your-detector.md shows how, check_adapter tells "
-        "whether it is right; a model wrapped by DistributedDataParallel or torch.compile is wrapped after, not before",
+        "whether it is right; for SSDlite, EfficientDet, YOLO, YOLOX and NanoDet docs/how-to/third-party.md has "
+        "ready-made adapters; a model wrapped by DistributedDataParallel or torch.compile is wrapped after, not before",
     )

@@ -17,6 +17,8 @@ from .tensor_detector import TensorDetector
 
 __all__ = ["check_batches", "roomy_size"]
 
+_SMALL = ((64, 64), (96, 64))  # (height, width) in pixels
+
 
 def check_batches(
     view: TensorDetector,
@@ -25,7 +27,10 @@ def check_batches(
     batch_size: int | None,
     images: Sequence[Tensor] | Tensor | None,
 ) -> list[Tensor]:
-    """Make batches of one and of more images, of one size or, where that is open, of several."""
+    """Make batches of one and of more images, of one size or, where that is open, of several.
+
+    Small ones are among these: heads with an ``if`` on a size mostly tell those apart.
+    """
     # 1. Given images, each beside its mirror image.
     counts = (1, 2) if batch_size is None else (batch_size,)
     if images is not None:
@@ -40,12 +45,26 @@ def check_batches(
         _validate_image_size(view, size, None, "image_size", OptionError)
         sizes = [size, size]
     elif view.preprocessing == "inside":
-        sizes = [(240, 320), (333, 250), (480, 640)]
+        sizes = [(240, 320), (333, 250), (480, 640), *_SMALL]
     else:
         d, (height, width) = view.adapter.size_divisible, roomy_size(view, probe)
-        sizes = [(height, width), (height + d, width - d), (width, height)]
+        small = [(ceil(height / d) * d, ceil(width / d) * d) for height, width in _SMALL]
+        sizes = [(height, width), (height + d, width - d), (width, height), *small]
     generator = torch.Generator().manual_seed(0)
-    return [_made_up(n, *size, generator) for size, n in zip(sizes, cycle(counts), strict=False)]
+    batches = [_made_up(n, *size, generator) for size, n in zip(sizes, cycle(counts), strict=False)]
+
+    # 3. Not the small ones that the detector itself refuses.
+    return batches[:3] + [batch for batch in batches[3:] if _takes(view, batch)]
+
+
+@torch.no_grad()
+def _takes(view: TensorDetector, images: Tensor) -> bool:
+    """Whether a detector can be run on images; group normalisation, for one, refuses a map of a single cell."""
+    try:
+        view(images)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _validate_image_size(

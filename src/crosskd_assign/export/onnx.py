@@ -93,13 +93,15 @@ def export_onnx(
         detector: What to export, in float32: an `EndToEndDetector`, or a model or adapter that is to be one. Of a
             `Distiller` the student; no teacher gets into the file.
         path: File to write. It is replaced once the check has passed, and left alone otherwise.
-        image_size: ``(height, width)`` in pixels. None leaves it open, which takes several times as long to trace.
+        image_size: ``(height, width)`` in pixels. None leaves it open, which takes several times as long to trace; the
+            check then tries 240 × 320, 333 × 250, 480 × 640, 64 × 64 and 96 × 64 pixels, and with preprocessing
+            "outside" multiples of ``size_divisible``, the next to 64 × 64 and 96 × 64 among them.
         batch_size: N. None leaves it open.
         preprocessing: "inside": images as they come, boxes in their pixels. "outside": images resized and padded
             already. See `TensorDetector`.
         outputs: "detections" or "dense".
         one_to_many: With dense outputs: score as a detector that needs NMS does. See `TensorDetector`.
-        images: ``(3, H, W)`` images in 0…1 to check with; made up by default.
+        images: ``(3, H, W)`` images in 0…1 to check with, of your own sizes; made up by default.
         class_names: Name of each label; in the file as JSON, under "class_names".
         metadata: Further entries for the file.
         opset: ONNX operator set, at least 18, which torch writes; for later ones the graph is converted.

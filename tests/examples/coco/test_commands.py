@@ -165,7 +165,8 @@ def test_a_bad_picture_does_not_cost_the_others(student, scenes_folder, tmp_path
     assert call(predict, "--run", student, "--output", tmp_path / "out", "--batch-size", 3, folder) == 2
     output, errors = capsys.readouterr()
     assert json.loads(output)["pictures"] == 6
-    [first, second] = errors.splitlines()
+    [first, second, page] = errors.splitlines()
+    assert page == "See docs/troubleshooting.md#dataerror."
     assert first.startswith("error: Expected a readable image, but got ")
     assert second.startswith("error: Expected 8 bits per channel, but got mode I;16")
     found = {Path(row["image"]).name: row for row in read(tmp_path / "out" / "detections.json")}

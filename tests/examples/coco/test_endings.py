@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import resource
 import signal
 import sys
@@ -19,21 +20,26 @@ import predict
 import pytest
 import torch
 import train
-from coco_example.commands import CommandParser, run_command
+from coco_example import errors
+from coco_example.commands import CommandParser, run_command, warn
+from coco_example.engine import loggers
 from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.signals import Interrupted
-from coco_example.errors import RunError, printable
+from coco_example.errors import DataError, RunError, printable
 from coco_example.files import write_json, write_whole
+from coco_example.models.score_thresholds import CUTS_PAGE
+
+from tests.makers.pages import leads_somewhere
 
 COMMANDS = {"train": train, "demo": demo, "evaluate": evaluate, "predict": predict, "export": export}
 RED = "\x1b[31mred\x9b\u202e"
 
 
 def sentence(errors: str) -> str:
-    """The one line of an error, which is no traceback."""
+    """The one line of an error, which is no traceback and has its page behind it."""
     [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in errors
-    assert errors.rstrip().endswith(line)
+    assert re.search(rf"{re.escape(line)}\nSee docs/troubleshooting\.md#\w+\.$", errors.rstrip())
     assert line.startswith("error: Expected ")
     assert " Fix: " in line
     return line
@@ -72,7 +78,27 @@ def test_what_the_user_can_mend_is_one_sentence(capsys, error, code, words):
     assert run_command(failing(error)) == code
     output, errors = capsys.readouterr()
     assert words in errors
-    assert (output, errors.count("\n")) == ("", 1)
+    lines = errors.splitlines()
+    assert (output, len(lines)) == ("", 2 if code == 2 else 1)
+    assert code != 2 or re.fullmatch(r"See docs/troubleshooting\.md#(run|file)error\.", lines[1])
+
+
+@pytest.mark.parametrize("kind", [kind for name in errors.__all__ if isinstance(kind := getattr(errors, name), type)])
+def test_every_kind_of_error_ends_with_a_section_of_its_own(capsys, kind):
+    assert run_command(failing(kind(expected="a", got="b", where="c", fix="d"))) == 2
+    assert capsys.readouterr().err == f"error: Expected a, but got b (c). Fix: d.\nSee {kind.page}.\n"
+    assert kind.page.partition("#")[2] == kind.__name__.lower()
+    assert leads_somewhere(kind.page)
+
+
+def test_warnings_end_with_a_section_that_is_there(capsys):
+    warn([], DataError.page)
+    assert capsys.readouterr().err == ""
+    warn(["a", "b"], CUTS_PAGE)
+    assert capsys.readouterr().err == f"warning: a\nwarning: b\nSee {CUTS_PAGE}.\n"
+    assert leads_somewhere(CUTS_PAGE)
+    assert leads_somewhere(loggers.PAGE)
+    assert leads_somewhere(CommandParser.page)
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():

@@ -154,7 +154,8 @@ def test_a_broken_validation_picture_and_a_likely_mistake_are_known_before_the_f
     picture = tmp_path / "data" / "val" / "images" / "default" / "000007.png"
     picture.write_bytes(picture.read_bytes()[:-200])
     assert workshop.train(tmp_path / "run", arm="one-to-one", data_path=tmp_path / "data") == 2
-    first, *_, last = capsys.readouterr().err.splitlines()
+    first, *lines, last, page = capsys.readouterr().err.splitlines()
+    assert page in lines, "the warnings have a page, too"
     assert first.startswith("warning: training data: ")
     assert "are dropped" in first
     assert last.startswith("error: Expected a readable image, but got ")
@@ -207,7 +208,10 @@ def test_a_limit_below_one_ends_with_a_sentence(student, scenes_folder, tmp_path
     assert call(evaluate, "--run", student, "--data-path", scenes_folder, *last) == 2
     assert call(export, student, "--output", tmp_path / "a.onnx", *last) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert [line.split(" (")[0] for line in errors] == [f"error: Expected top_k of at least 1, but got {top_k}"] * 3
+    assert [line.split(" (")[0] for line in errors] == [
+        f"error: Expected top_k of at least 1, but got {top_k}",
+        "See docs/troubleshooting.md#optionerror.",
+    ] * 3
 
 
 def test_ten_times_as_many_candidates_enter_nms():

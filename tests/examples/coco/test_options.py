@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from coco_example.command_line import parse_options
+from coco_example.commands import CommandParser
 from coco_example.options import DataOptions, MethodOptions, ModelOptions, Options, TrainingOptions
 
 
@@ -29,7 +30,9 @@ def test_options_that_mean_nothing_are_refused(workshop, tmp_path, capsys, argum
     with pytest.raises(SystemExit) as stop:
         parse_options([*workshop.arguments(tmp_path / "run"), *arguments])
     assert stop.value.code == 2
-    assert reason in capsys.readouterr().err
+    [sentence, pointer] = capsys.readouterr().err.splitlines()  # and not the whole usage
+    assert reason in sentence
+    assert pointer == f"See --help, or {CommandParser.page}."
 
 
 def test_options_need_an_output_and_otherwise_have_the_documented_defaults(capsys, tmp_path):

@@ -60,7 +60,7 @@ def judge_boxes(index: CocoIndex, split: str, *, top_k: int = 100) -> list[str]:
     content, report = index.annotations, index.report
     crowds, boxes = int(content.crowd.sum()), len(content.crowd)
     dropped = report.degenerate_dropped + report.outside_dropped
-    causes = f"{report.degenerate_dropped:,} thinner than a pixel, {report.outside_dropped:,} outside their picture"
+    causes = _causes(index)
     suspicion = _suspicion(content)
     for name, count in (("images", report.images), ("categories", len(index.categories)), ("boxes", report.boxes)):
         if count == 0:
@@ -89,6 +89,17 @@ def judge_boxes(index: CocoIndex, split: str, *, top_k: int = 100) -> list[str]:
             f"those beyond are never found; raise --top-k"
         )
     return [f"{split} data: {warning} ({content.file})" for warning in warnings]
+
+
+def _causes(index: CocoIndex) -> str:
+    """Count why boxes were dropped, and show the first of them."""
+    report, first = index.report, index.first_dropped
+    thin = f"{report.degenerate_dropped:,} thinner than a pixel or of negative size"
+    counts = f"{thin}, {report.outside_dropped:,} outside their picture"
+    if first is None:
+        return counts
+    numbers = ", ".join(f"{number:.6g}" for number in index.annotations.xywh[first])
+    return f"{counts}; the first in annotations[{first}]: [{numbers}]"
 
 
 def judge_pictures(index: CocoIndex, *, decode: bool = False, limit: int | None = None) -> None:
@@ -149,9 +160,11 @@ def _suspicion(content: Annotations) -> str:
     out = (boxes[:, :2] + boxes[:, 2:] > 1.01 * limit + 2).any(axis=1)  # by more than rounding
     corners = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (boxes[:, 2:] <= limit + 1).all(axis=1)
     if fractions.mean() >= _LARGE:
-        return f"{_share(fractions.sum(), len(boxes))} look like fractions of the picture, where pixels are expected"
+        seen = "look like fractions of the picture, where pixels are expected; multiply by its width and height"
+        return f"{_share(fractions.sum(), len(boxes))} {seen}"
     if out.mean() >= _LARGE and corners.mean() > 1 - _LARGE:
-        return f"{_share(corners.sum(), len(boxes))} look like x1, y1, x2, y2, where x, y, width, height are expected"
+        seen = "look like x1, y1, x2, y2, where x, y, width, height are expected"
+        return f"{_share(corners.sum(), len(boxes))} {seen}; write [x, y, width, height]: [x1, y1, x2 - x1, y2 - y1]"
     if out.mean() >= _LARGE:
         return f"{_share(out.sum(), len(boxes))} reach out of their picture, as after resizing pictures without boxes"
     return ""

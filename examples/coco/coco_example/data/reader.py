@@ -41,12 +41,14 @@ class ScanReport:
 class CocoIndex:
     """Contents of an annotation file and its pictures: records in the order of the file, to train on and to show.
 
-    ``annotations`` has what scoring needs besides: crowds, areas, and boxes as the file has them.
+    ``annotations`` has what scoring needs besides: crowds, areas, and boxes as the file has them. ``first_dropped`` is
+    the place there of the first box that was dropped and is no crowd, None where there is none.
     """
 
     records: Sequence[ImageRecord]
     report: ScanReport
     annotations: Annotations
+    first_dropped: int | None = None
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -115,4 +117,5 @@ def read_coco(
         boxes,
         label[order],
     )
-    return CocoIndex(records, report, content)
+    dropped = known & ~inside
+    return CocoIndex(records, report, content, int(dropped.argmax()) if dropped.any() else None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from coco_example.commands import say
+from coco_example.commands import say, warn
 from coco_example.data.layouts import locate_split
 from coco_example.data.preflight import judge_pictures, judge_splits, judge_unlabelled
 from coco_example.data.reader import CocoIndex, read_coco
@@ -14,7 +14,7 @@ from coco_example.data.scenes import write_scenes
 from coco_example.data.unlabelled import read_unlabelled
 from coco_example.data.values import Identifier
 from coco_example.engine.distributed import Worker
-from coco_example.errors import RunError
+from coco_example.errors import DataError, RunError
 from coco_example.evaluation.evaluation import evaluate
 from coco_example.models.conversion import Source, classes_of_run, refuse_unknown
 from coco_example.models.methods import needs_teacher
@@ -46,8 +46,7 @@ def load_data(options: Options, worker: Worker) -> tuple[CocoIndex, CocoIndex]:
     model = options.model
     warnings = judge_splits(train, val, size=model.size, short_side=model.short_side, top_k=model.top_k)
     if worker.first:
-        for warning in warnings:
-            say(f"warning: {warning}")
+        warn(warnings, DataError.page)
         judge_pictures(train)
         judge_pictures(val, decode=True)
     worker.wait()
@@ -60,8 +59,7 @@ def load_unlabelled(options: Options, train: CocoIndex, val: CocoIndex, worker: 
         return None
     unlabelled, warnings = read_unlabelled(Path(options.dataset.unlabelled))
     if worker.first:
-        for warning in (*warnings, *judge_unlabelled(unlabelled, train, val)):
-            say(f"warning: {warning}")
+        warn((*warnings, *judge_unlabelled(unlabelled, train, val)), DataError.page)
     worker.wait()
     return unlabelled
 

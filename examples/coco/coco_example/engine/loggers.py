@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from coco_example.commands import say
+from coco_example.commands import warn
 from coco_example.engine.randomness import untouched_random_state
 from coco_example.errors import MissingPackageError, RunError, first_line
 from coco_example.functions import load_function
 
-__all__ = ["TENSORBOARD", "Loggers"]
+__all__ = ["PAGE", "TENSORBOARD", "Loggers"]
 
+PAGE = "docs/troubleshooting.md#a-logger-failed"  # what explains the warning
 TENSORBOARD = "tensorboard"  # the reference, and the name of its folder in the run's
 
 Record = dict[str, Any]
@@ -67,9 +68,8 @@ class Loggers:
                 action()
         except (Exception, SystemExit) as error:  # noqa: BLE001, RUF100  # whatever somebody else's code raises
             if name not in self._failed:
-                say(
-                    f"warning: --log-to {name} failed, and the run goes on: {type(error).__name__}: {first_line(error)}"
-                )
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                warn([f"--log-to {name} failed, and the run goes on: {reason}"], PAGE)
             self._failed.add(name)
 
 

@@ -13,7 +13,9 @@ from typing_extensions import Self
 from crosskd_assign.diagnostics import Thresholds
 from crosskd_assign.structures import Detection
 
-__all__ = ["USUAL", "ScoreThresholds"]
+__all__ = ["CUTS_PAGE", "USUAL", "ScoreThresholds"]
+
+CUTS_PAGE = "docs/troubleshooting.md#further-objects-may-have-been-dropped"  # what explains `warn_of_cuts`
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class ScoreThresholds:
     def warn_of_cuts(self, cut: int, images: int, top_k: int) -> str:
         """Write what to do where `cuts` is true of some images."""
         return (
-            f"warning: in {cut} of {images} images all {top_k} detections that --top-k allows score above a threshold "
+            f"in {cut} of {images} images all {top_k} detections that --top-k allows score above a threshold "
             f"({self}), so further objects may have been dropped; raise --top-k"
         )
 

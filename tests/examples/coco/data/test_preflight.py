@@ -42,14 +42,30 @@ def test_good_data_is_not_worth_a_line(tmp_path):
     [
         (  # a tenth
             [GOOD] * 9 + [(10, 10, 0, 5)],
-            "1 of 10 boxes (10.0%) are dropped: 1 thinner than a pixel, 0 outside their picture",
+            (
+                "1 of 10 boxes (10.0%) are dropped: 1 thinner than a pixel or of negative size, 0 outside their picture"
+                "; the first in annotations[9]: [10, 10, 0, 5] ("
+            ),
+        ),
+        (
+            [box(1, GOOD, iscrowd=1), GOOD, (8, 8, -10, 20.5), GOOD, (1, 1, 0, 0)],
+            (
+                "2 of 4 boxes (50.0%) are dropped: 2 thinner than a pixel or of negative size, 0 outside their picture"
+                "; the first in annotations[2]: [8, 8, -10, 20.5] ("
+            ),
         ),
         (
             [GOOD, (500, 10, 20, 30), box(1, GOOD, iscrowd=1)],
-            "1 of 2 boxes (50.0%) are dropped: 0 thinner than a pixel, 1 outside their picture",
+            (
+                "1 of 2 boxes (50.0%) are dropped: 0 thinner than a pixel or of negative size, 1 outside their picture"
+                "; the first in annotations[1]: [500, 10, 20, 30] ("
+            ),
         ),
         ([GOOD] * 8 + [(0.2, 0.3, 1, 0.5)] * 2, "2 of 10 boxes (20.0%) look like fractions of the picture"),
-        ([(60, 50, 120, 110), (100, 20, 150, 90)], "2 of 2 boxes (100.0%) look like x1, y1, x2, y2, where x, y, width"),
+        (
+            [(60, 50, 120, 110), (100, 20, 150, 90)],
+            "2 of 2 boxes (100.0%) look like x1, y1, x2, y2, where x, y, width, height are expected; write [x",
+        ),
         ([GOOD, (10, 10, 400, 20)], "1 of 2 boxes (50.0%) reach out of their picture, as after resizing pictures"),
     ],
 )
