@@ -37,7 +37,9 @@ def check_notes(number: str, changelog: str, citation: str) -> None:
     if heading is None:
         raise ReleaseError(f"Expected a heading for {number} in CHANGELOG.md, but got none. Fix: rename [Unreleased].")
     if "unreleased" in heading[0]:
-        raise ReleaseError(f"Expected a date in CHANGELOG.md, but got {heading[0]!r}. Fix: write the day of the release.")
+        raise ReleaseError(
+            f"Expected a date in CHANGELOG.md, but got {heading[0]!r}. Fix: write the day of the release."
+        )
     if not re.search(rf"^version: {re.escape(number)}$", citation, re.MULTILINE):
         raise ReleaseError(f"Expected version {number} in CITATION.cff, but got another. Fix: write it there.")
 
