@@ -281,8 +281,9 @@ def draw_conversions(lines: Sequence[Line], path: Path) -> None:
     sets = [data for data in SETS if "convert-10pc" in grouped(lines, data, "final") and not data.startswith("overlap")]
     if not sets:
         return
-    figure, all_axes = plt.subplots(1, len(sets), figsize=(3.4 * len(sets), 3.6), layout="constrained", squeeze=False)
-    for axes, data in zip(all_axes[0], sets, strict=True):
+    rows = (len(sets) + 1) // 2
+    figure, all_axes = plt.subplots(rows, 2, figsize=(8, 0.7 + 2.9 * rows), layout="constrained", squeeze=False)
+    for axes, data in zip(all_axes.flat, sets, strict=False):
         found = grouped(lines, data, "final")
         # 1. The detector as it was.
         for runs, key, style, label in (
@@ -318,7 +319,8 @@ def draw_conversions(lines: Sequence[Line], path: Path) -> None:
         axes.set_xlabel("per cent of the detector's epochs")
         axes.set_title(NAMES.get(data, data))
         axes.grid(alpha=0.3)
-    all_axes[0][0].set_ylabel("AP")
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel("AP")
     handles, labels = all_axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)

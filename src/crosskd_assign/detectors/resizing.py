@@ -84,11 +84,16 @@ class ResizingAdapter(DetectorAdapter):
     def _resized_size(self, height: int, width: int) -> tuple[int, int]:
         if self.fit == "stretch":
             return self._frame
-        ratio = min(self._frame[0] / height, self._frame[1] / width) if self.size else 1.0
-        return max(1, round(height * ratio)), max(1, round(width * ratio))
+        if not self.size:
+            return height, width
+        # The ratio is min(H / height, W / width). In whole numbers, so that an exported graph has it for any size.
+        high, wide = self._frame
+        longest = torch.sym_max(height * wide, width * high)
+        resized = ((2 * side * high * wide + longest) // (2 * longest) for side in (height, width))
+        return tuple(torch.sym_max(1, side) for side in resized)  # type: ignore[return-value]  # two
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    if (image.shape[-2], image.shape[-1]) == size:
+    if not torch.compiler.is_compiling() and (image.shape[-2], image.shape[-1]) == size:
         return image
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
