@@ -21,8 +21,10 @@ from crosskd_assign import (
     GridLevel,
     __version__,
 )
+from crosskd_assign.detectors import probe_detector
 from crosskd_assign.errors import ExportError, ImageError, OptionError, UnknownDetectorError
 from crosskd_assign.export import TensorDetector, export_onnx
+from crosskd_assign.export.checking import check_batches
 from crosskd_assign.export.compare import predict, validate_tracing_mode
 from crosskd_assign.structures import Batch
 from tests.makers.builders import tiny_detector
@@ -437,6 +439,15 @@ def test_an_if_on_the_size_is_found_out_with_open_sizes_and_its_cures_export(tmp
     detector = one_pixel(ChoosesBySize)
     export_onnx(detector, path)
     check_any_size(detector, path, [(64, 64), (64, 320), (48, 96), (48, 104)])
+
+
+@pytest.mark.parametrize("kind", ["one pixel", "torchvision"])
+def test_small_pictures_are_checked_where_the_network_sees_small_ones(kind):
+    detector = one_pixel() if kind == "one pixel" else EndToEndDetector(small_fcos())  # which makes all 64 pixels high
+    view = TensorDetector(detector.eval())
+    batches = check_batches(view, probe_detector(view.adapter), None, None, None)
+    sizes = [tuple(batch.shape[2:]) for batch in batches]
+    assert sizes == [(240, 320), (333, 250), (480, 640), (64, 64), (96, 64)][: 5 if kind == "one pixel" else 3]
 
 
 @pytest.mark.parametrize("asks", ["onnx.is_in_onnx_export", "compiler.is_exporting"])

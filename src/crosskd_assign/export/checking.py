@@ -45,7 +45,9 @@ def check_batches(
         _validate_image_size(view, size, None, "image_size", OptionError)
         sizes = [size, size]
     elif view.preprocessing == "inside":
-        sizes = [(240, 320), (333, 250), (480, 640), *_SMALL]
+        usual = _shorter_side(view, (240, 320))
+        small = [size for size in _SMALL if _shorter_side(view, size) < usual]  # not where the network enlarges them
+        sizes = [(240, 320), (333, 250), (480, 640), *small]
     else:
         d, (height, width) = view.adapter.size_divisible, roomy_size(view, probe)
         small = [(ceil(height / d) * d, ceil(width / d) * d) for height, width in _SMALL]
@@ -55,6 +57,12 @@ def check_batches(
 
     # 3. Not the small ones that the detector itself refuses.
     return batches[:3] + [batch for batch in batches[3:] if _takes(view, batch)]
+
+
+def _shorter_side(view: TensorDetector, size: tuple[int, int]) -> int:
+    """Measure the shorter side of what the network sees of an image, in pixels."""
+    batch, _ = view.adapter.preprocess([torch.zeros(3, *size)])
+    return min(batch.image_size)
 
 
 @torch.no_grad()

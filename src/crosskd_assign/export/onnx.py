@@ -94,8 +94,9 @@ def export_onnx(
             `Distiller` the student; no teacher gets into the file.
         path: File to write. It is replaced once the check has passed, and left alone otherwise.
         image_size: ``(height, width)`` in pixels. None leaves it open, which takes several times as long to trace; the
-            check then tries 240 × 320, 333 × 250, 480 × 640, 64 × 64 and 96 × 64 pixels, and with preprocessing
-            "outside" multiples of ``size_divisible``, the next to 64 × 64 and 96 × 64 among them.
+            check then tries 240 × 320, 333 × 250, 480 × 640 and, unless the detector enlarges or refuses them, 64 × 64
+            and 96 × 64 pixels; with preprocessing "outside" multiples of ``size_divisible``, those next to the two
+            small sizes among them.
         batch_size: N. None leaves it open.
         preprocessing: "inside": images as they come, boxes in their pixels. "outside": images resized and padded
             already. See `TensorDetector`.
