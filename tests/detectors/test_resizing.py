@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -53,8 +54,8 @@ def by_hand(images: Sequence[Tensor], targets: Sequence[Target], longer: int, di
     resized, boxes = [], []
     for image, target in zip(images, targets, strict=True):
         height, width = image.shape[-2:]
-        factor = longer / max(height, width) if longer else 1.0
-        size = max(1, round(height * factor)), max(1, round(width * factor))
+        factor = Fraction(longer, max(height, width)) if longer else Fraction(1)
+        size = tuple(max(1, round(side * factor)) for side in (height, width))  # of fractions: exact
         same = size == (height, width)
         other = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
         resized.append(image if same else other)

@@ -19,6 +19,7 @@ from crosskd_assign import (
     DetectorAdapter,
     EndToEndDetector,
     GridLevel,
+    ResizingAdapter,
     __version__,
 )
 from crosskd_assign.detectors import probe_detector
@@ -27,7 +28,7 @@ from crosskd_assign.export import TensorDetector, export_onnx
 from crosskd_assign.export.checking import check_batches
 from crosskd_assign.export.compare import predict, validate_tracing_mode
 from crosskd_assign.structures import Batch
-from tests.makers.builders import tiny_detector
+from tests.makers.builders import TinyAdapter, tiny_detector
 from tests.makers.small_models import MAKERS, scene, small_fcos, snapshot
 
 onnx = pytest.importorskip("onnx")
@@ -214,6 +215,26 @@ def test_any_adapter_of_plain_operators_takes_images_of_any_size(kind, tmp_path)
     expected = detect(detector, small)
     assert expected[0].shape[1] < detector.top_k == report.detections
     torch.testing.assert_close(run(report.path, small)[1], expected[1], atol=1e-5, rtol=0)
+
+
+class Resized(ResizingAdapter):
+    features, head = TinyAdapter.features, TinyAdapter.head
+
+
+@pytest.mark.parametrize(
+    ("fit", "size"),
+    [
+        ("longer", 96),
+        pytest.param("longer", (64, 96), marks=pytest.mark.slow),
+        pytest.param("letterbox", 96, marks=pytest.mark.slow),
+        pytest.param("stretch", (64, 96), marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapter_that_resizes_takes_images_of_any_size(fit, size, tmp_path):
+    detector = EndToEndDetector(Resized(tiny_detector(batch_norm=True).model, size=size, fit=fit), top_k=20)
+    report = export_onnx(detector, tmp_path / "any.onnx")
+    assert report.input_shape == ("batch", 3, "height", "width")
+    check_any_size(detector, report.path, [(97, 131), (200, 33), (96, 96), (50, 60)])
 
 
 @pytest.mark.slow

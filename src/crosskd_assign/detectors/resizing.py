@@ -89,8 +89,15 @@ class ResizingAdapter(DetectorAdapter):
         # The ratio is min(H / height, W / width). In whole numbers, so that an exported graph has it for any size.
         high, wide = self._frame
         longest = torch.sym_max(height * wide, width * high)
-        resized = ((2 * side * high * wide + longest) // (2 * longest) for side in (height, width))
-        return tuple(torch.sym_max(1, side) for side in resized)  # type: ignore[return-value]  # two
+        return _rounded(height * high * wide, longest), _rounded(width * high * wide, longest)
+
+
+def _rounded(x: int, divisor: Any) -> Any:
+    """Divide, rounded as `round` does, halves to the even number; at least 1."""
+    doubled = 2 * x + divisor
+    whole, rest = doubled // (2 * divisor), doubled % (2 * divisor)
+    half = 1 - torch.sym_min(1, rest)
+    return torch.sym_max(1, whole - half * (whole % 2))
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
