@@ -1,6 +1,7 @@
 """Measure what INT8 and half precision cost a detector: AP, duplicates, size and latency of exported files.
 
-python benchmarks/precision.py runs/one-to-many runs/student --data-path data/bccd --output precision.json
+python benchmarks/precision.py runs/one-to-many runs/student --data-path data/bccd --output precision.json \
+    --picture precision.png
 
 Each run becomes three files: float32, INT8 calibrated on training pictures, and half precision. A one-to-many run is
 exported with dense outputs and scored with NMS, any other with its detections and without. AP is that of onnxruntime's
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "coco"))
@@ -39,6 +41,8 @@ from crosskd_assign.export import halve_onnx, quantize_onnx
 
 Row = dict[str, Any]
 HEAD = "| network | file | AP | AP50 | duplicates | MB | latency | found again |\n|---|---|---|---|---|---|---|---|"
+
+MEASURED = (("ap", 100, "AP"), ("megabytes", 1, "MB"), ("ms", 1, "ms an image, one thread"))
 
 
 def write_files(run: Path, folder: Path, pictures: list[Path], methods: list[str]) -> tuple[dict[str, Path], Row]:
@@ -119,6 +123,28 @@ def line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw AP, size and latency of every file, a group of bars a network."""
+    plt.style.use("tableau-colorblind10")
+    networks, files = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "file"))
+    figure, panels = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+    for axes, (key, factor, label) in zip(panels, MEASURED, strict=True):
+        for i, file in enumerate(files):
+            own = [row for row in rows if row["file"] == file and row[key] is not None]
+            places = [networks.index(row["network"]) + (i - (len(files) - 1) / 2) * 0.8 / len(files) for row in own]
+            heights = [factor * row[key] for row in own]
+            bars = axes.bar(places, heights, 0.75 / len(files), color=f"C{i}", label=file)
+            axes.bar_label(bars, fmt="%.1f", fontsize="x-small")
+        axes.set_xticks(range(len(networks)), [network.replace(", ", "\n") for network in networks], fontsize="small")
+        axes.set_title(label)
+        axes.margins(y=0.15)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(files), fontsize="small"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     # 1. Read the options.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,6 +156,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=25, help="number of timed runs of each file (25)")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write the figures to")
+    parser.add_argument("--picture", type=Path, default=None, help="picture to draw of them")
     options = parser.parse_args()
 
     # 2. Measure, and print a row as soon as it is there.
@@ -142,6 +169,8 @@ def main() -> None:
         rows += found
     if options.output is not None:
         options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if options.picture is not None:
+        draw(rows, options.picture)
 
 
 if __name__ == "__main__":
