@@ -101,6 +101,7 @@ def _rounded(x: int, divisor: Any) -> Any:
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    # A graph for any size cannot ask; there, an image of that size is resized to itself.
     if not torch.compiler.is_compiling() and (image.shape[-2], image.shape[-1]) == size:
         return image
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]

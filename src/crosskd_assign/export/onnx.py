@@ -150,10 +150,9 @@ def export_onnx(
     names = {} if class_names is None else {"class_names": json.dumps(dict(class_names), ensure_ascii=False)}
     describe_model(model, view, probe, {"classes": str(predicted.shape[1]), **names, **(metadata or {})})
 
+    # 4. A file, that replaces the old one once onnxruntime has found with it what the detector finds.
     if score_tolerance is None:
         score_tolerance = 1e-5 if view.selection is None else 1e-3
-
-    # 4. A file, that replaces the old one once onnxruntime has found with it what the detector finds.
     unchecked = path.with_name(f".{path.name}.{os.getpid()}.unchecked")
     try:
         packages["onnx_ir"].save(model, unchecked)

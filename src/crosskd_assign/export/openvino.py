@@ -18,8 +18,8 @@ from .running import Agreement, Runner, agreement, detections_of, onnx_runner, v
 
 __all__ = ["OpenVinoReport", "convert_openvino"]
 
-# Found again, and largest difference of a score. Integers are rounded in other places by other kernels.
-_BOUNDS = {"": (1.0, 1e-3), "float16": (0.98, 0.01), "int8": (0.9, 0.05)}  # share found, mean gap of scores
+# Share found again, and mean difference of scores. Integers are rounded in other places by other kernels.
+_BOUNDS = {"": (1.0, 1e-3), "float16": (0.98, 0.01), "int8": (0.9, 0.05)}
 
 
 @dataclass(frozen=True)
