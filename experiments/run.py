@@ -20,16 +20,19 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from plan import SETS, STUDIES, Option, PlanError, Run, planned, variant
+import torch
+from plan import SETS, STUDIES, Option, Options, PlanError, Run, planned, variant
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "examples" / "coco"
 sys.path.insert(0, str(SCRIPTS))
 
-from labels import UNLABELLED, keep_labels, pseudo_label  # noqa: E402  # what these import is found by the path above
+from coco_example.engine.processor import slow_precision  # noqa: E402  # found by the path above, as by the next two
+from labels import UNLABELLED, keep_labels, pseudo_label  # noqa: E402
 from made import make  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "runs.jsonl"
@@ -104,7 +107,8 @@ class Runner:
 
     def _recorded(self, run: Run) -> bool:
         line = self.lines.get(run.key)
-        if line is not None and line["options"] != run.options:
+        # The precision may be another one: it is this processor's faster.
+        if line is not None and {**line["options"], "precision": ""} != {**run.options, "precision": ""}:
             error = PlanError(
                 expected=f"{run.key} with the options {run.options}",
                 got=str(line["options"]),
@@ -167,7 +171,8 @@ class Runner:
             for leftover in folder.iterdir():
                 leftover.unlink()
         # 2. Train.
-        data, options = self._data(run), run.options
+        data = self._data(run)
+        trained = options = {**run.options, "precision": self._precision(run, folder if resume else None)}
         if UNLABELLED in options:
             options = {**options, UNLABELLED: str(data / UNLABELLED)}
         command = [str(SCRIPTS / "train.py"), "--output", str(folder), *self._flags(options)]
@@ -188,7 +193,7 @@ class Runner:
         line = {
             "run": run.key,
             **asdict(run),
-            "options": run.options,
+            "options": trained,
             "scores": _rounded(summary["scores"]),
             # unknown of a resumed run, which was measured in its last part only
             "cpu_seconds": None if resume else round(seconds, 1),
@@ -207,6 +212,15 @@ class Runner:
                 with self.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
         return True
+
+    def _precision(self, run: Run, begun: Path | None) -> Option:
+        """Choose a run's precision: that of its record or of its interrupted part, or float32 where that is faster."""
+        if run.key in self.lines:
+            return _precision(self.lines[run.key]["options"])
+        if begun is not None:
+            return _precision(json.loads((begun / "config.json").read_text(encoding="utf-8")))
+        own = _precision(run.options)
+        return "float32" if _is_slow(str(own)) else own
 
     def _scores(self, run: Run, folder: Path, split: str, *flags: str) -> dict[str, float] | None:
         """Score a finished run with `evaluate.py`; None if that fails."""
@@ -294,6 +308,19 @@ def _hold_out(source: Path, folder: Path) -> None:
             (temporary / "annotations" / name).write_text(json.dumps(part), encoding="utf-8")
     # 3. The folder appears when it is complete.
     temporary.replace(folder)
+
+
+def _precision(options: Options) -> Option:
+    return options.get("precision", "float32")
+
+
+@cache
+def _is_slow(precision: str) -> bool:
+    """Measure whether a precision is slower than float32 on this processor, once."""
+    line = slow_precision(precision, torch.device("cpu"))
+    if line is not None:
+        print(line, flush=True)
+    return line is not None
 
 
 def _rounded(scores: dict[str, float | None]) -> dict[str, Any]:

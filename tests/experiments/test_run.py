@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import plan
@@ -66,6 +67,34 @@ def test_whatever_can_start_starts_and_students_of_a_failed_teacher_do_not(tmp_p
     assert runner.execute([teacher, large, student, other], jobs=2) == 2
     assert set(order) == {teacher, large, other}
     assert runner.failed == {large, student}
+
+
+def test_runs_are_in_float32_where_their_precision_is_slow_unless_they_began_in_another(tmp_path, monkeypatch):
+    recorded, begun, new = (Run("bccd", "final", name, 0) for name in ("one-to-many", "one-to-one", "auxiliary-head"))
+    line = {"run": recorded.key, "options": recorded.options}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / begun.key).mkdir(parents=True)
+    (tmp_path / begun.key / "last.pt").touch()
+    (tmp_path / begun.key / "config.json").write_text(json.dumps(begun.options))
+    runner = Runner(tmp_path, tmp_path, tmp_path / "runs.jsonl")
+    commands: dict[str, list[str]] = {}
+
+    def call(command: list[str], log: Path) -> tuple[int, float, float]:
+        commands[command[command.index("--output") + 1]] = command
+        log.touch()
+        return 1, 0.0, 0.0
+
+    monkeypatch.setattr(runner, "_call", call)
+    monkeypatch.setattr(runner, "_data", lambda run: tmp_path)
+    monkeypatch.setattr(runs, "_is_slow", lambda precision: precision == "bfloat16")
+    for run in (recorded, begun, new):
+        assert not runner._train(run)
+    chosen = [command[command.index("--precision") + 1] for command in commands.values()]
+    assert chosen == ["bfloat16", "bfloat16", "float32"]
+    # A line in float32 is the run's, too.
+    line = {"run": new.key, "options": {**new.options, "precision": "float32"}}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
+    assert Runner(tmp_path, tmp_path, tmp_path / "runs.jsonl").left([new]) == []
 
 
 @pytest.mark.slow
