@@ -114,3 +114,22 @@ def test_the_logit_of_a_product_is_exact_at_any_magnitude(x, y):
     complement = math.log(-math.expm1(log_product)) if log_product < 0 else -math.inf
     if complement > -30:  # nearer to 0 the reference has lost its digits
         assert float(torch.nn.functional.logsigmoid(-found)) == pytest.approx(complement, rel=1e-6)
+
+
+def test_the_logit_of_a_product_of_nothing_or_of_certainty_is_infinite_or_the_other_one():
+    infinity = float("inf")
+    x = torch.tensor([-infinity, -infinity, infinity, infinity, 1e38])
+    y = torch.tensor([3.0, -infinity, 3.0, infinity, 3e38])
+    torch.testing.assert_close(product_logits(x, y), torch.tensor([-infinity, -infinity, 3.0, infinity, 1e38]))
+
+
+@given(x=st.floats(-30, 30), y=st.floats(-30, 30))
+def test_the_gradient_of_the_logit_of_a_product_is_that_of_its_definition(x, y):
+    a, b = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (x, y))
+    product_logits(a, b).backward()
+    # d logit(p) = dp / (p (1 − p)) with p = σ(x) σ(y), dp/dx = p (1 − σ(x)).
+    sigmoid = [1 / (1 + math.exp(-value)) for value in (x, y)]
+    complement = -math.expm1(sum(math.log(value) for value in sigmoid))
+    expected = [math.exp(-value) * s / complement for value, s in zip((x, y), sigmoid, strict=True)]
+    if complement > 1e-9:  # nearer to 0 the reference has lost its digits
+        assert [float(a.grad), float(b.grad)] == pytest.approx(expected, rel=1e-5)

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _LOG_NOTHING = -60.0  # exp of it is below float32's resolution beside 1
+_FINITE = (-3e38, 3e38)  # infinity less itself would be NaN
 
 
 def task_aware_metric(logits: Tensor, boxes: Tensor, targets: Tensor, *, alpha: float, beta: float) -> Tensor:
@@ -272,7 +273,8 @@ def teacher_confidence(teacher_logits: Tensor) -> Tensor:
 def product_logits(first: Tensor, second: Tensor) -> Tensor:
     """The logit of σ(first) · σ(second).
 
-    σ(x) σ(y) has the odds 1 / (e⁻ˣ + e⁻ʸ + e⁻ˣ⁻ʸ), so that the logarithm is never left and any magnitude is exact.
+    σ(x) σ(y) has the odds 1 / (e⁻ˣ + e⁻ʸ + e⁻ˣ⁻ʸ), so that the logarithm is never left and any magnitude is exact,
+    infinite ones included.
 
     Args:
         first: Logits.
@@ -283,7 +285,10 @@ def product_logits(first: Tensor, second: Tensor) -> Tensor:
         tensor(0.2500)
     """
     x, y = at_least_float32(first), at_least_float32(second)
-    return -torch.logaddexp(torch.logaddexp(-x, -y), -x - y)
+    both = x + y
+    # Two `torch.logaddexp` take 4 to 6 times as long on a CPU.
+    shift = torch.minimum(torch.minimum(x, y), both).detach().clamp(*_FINITE)
+    return shift - ((shift - x).exp() + (shift - y).exp() + (shift - both).exp()).log()
 
 
 def sigmoid_logits(scores: Tensor) -> Tensor:

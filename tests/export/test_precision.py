@@ -218,7 +218,7 @@ def test_detections_agree_one_to_one_by_label_and_overlap():
 
 class Product(torch.nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        return product_logits(x, y), torch.nn.functional.logsigmoid(x)
+        return product_logits(x, y), torch.logaddexp(x, y), torch.nn.functional.logsigmoid(x)
 
 
 def test_logits_of_any_size_stay_finite_in_onnxruntime(tmp_path):
