@@ -143,6 +143,10 @@ class Variant:
     pseudo: bool
     order: tuple[int, tuple[int, ...], float]
 
+    def epochs(self, protocol: Protocol) -> int:
+        """Passes over the training images, unless nothing is trained at all."""
+        return int(self.options.get("epochs", max(1, round(protocol.epochs * self.length))))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -180,7 +184,7 @@ class Run:
     @property
     def epochs(self) -> int:
         """Passes over the training images."""
-        return max(1, round(SETS[self.data].epochs * variant(self.variant).length))
+        return variant(self.variant).epochs(SETS[self.data])
 
     @property
     def options(self) -> Options:

@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for data in SETS:
         found = grouped(lines, data, "final")
         if BASELINE in found and not data.startswith("overlap"):  # which `overlap.py` draws
-            draw(found, options.images / f"results-{data}.png", data)
-    draw_conversions(lines, options.images / "conversion.png")
+            draw(found, options.images / f"results-{'unlabelled-' * (SETS[data].labelled < 1)}{data}.png", data)
+    draw_conversions(lines, options.images / "convert-curve.png")
 
 
 def grouped(lines: Iterable[Line], data: str, split: str) -> Groups:
@@ -111,8 +111,8 @@ def table(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
     marks, rows = marks_of(lines), []
     for name, runs in grouped(lines, data[0], split).items():
         own = _variant(name)
-        lengths = (variant(one).length for one in (own.name, own.teacher, own.origin) if one)
-        epochs = " + ".join(str(round(SETS[data[0]].epochs * length)) for length in lengths)
+        trained = (variant(one) for one in (own.name, own.teacher, own.origin) if one)
+        epochs = " + ".join(str(one.epochs(SETS[data[0]])) for one in trained)
         rows.append(
             [
                 title(name, runs, marks),
@@ -321,6 +321,8 @@ def draw_conversions(lines: Sequence[Line], path: Path) -> None:
         axes.grid(alpha=0.3)
     for axes in all_axes[:, 0]:
         axes.set_ylabel("AP")
+    for axes in all_axes.flat[len(sets) :]:
+        axes.set_axis_off()
     handles, labels = all_axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)

@@ -71,13 +71,16 @@ def test_conversions_are_compared_with_what_they_were_seed_by_seed(tmp_path):
     assert "| converted, nothing trained | 31.0 ± 1.0 | -1.0 |" in text
     assert "| converted, 10 % of the epochs | 35.5 ± 0.7 | +4.0 |" in text
     assert "| one-to-many, trained further, 10 % of the epochs, with NMS | 33.0 ± 0.0 | +1.0 |" in text
+    table = tables.table(lines, ["bccd"], "final")
+    assert "| converted, nothing trained | 0 + 30 |" in table
+    assert "| converted, 10 % of the epochs | 3 + 30 |" in table
     assert tables._share_of("convert-5pc", "convert") == 5
     assert tables._share_of("convert", "convert") == 100
     assert tables._share_of("convert-untrained", "convert") == 0
     assert tables._share_of("convert-frozen-10pc", "convert") is None
     assert tables._share_of("convert-poto-10pc", "convert") is None
-    tables.draw_conversions(lines, tmp_path / "conversion.png")
-    assert (tmp_path / "conversion.png").stat().st_size > 5000
+    tables.draw_conversions(lines, tmp_path / "convert-curve.png")
+    assert (tmp_path / "convert-curve.png").stat().st_size > 5000
 
 
 def test_notes_of_lines_are_footnotes_of_the_tables_that_show_them(tmp_path):
