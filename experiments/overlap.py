@@ -6,7 +6,8 @@ python experiments/overlap.py --data-root ../shared/data
 One-to-many runs are scored with NMS at three thresholds and with Soft-NMS, ranked by class · centerness and by class
 alone; the others as they are. Each line of ``experiments/overlap.jsonl`` is one run, ranked and selected in one way;
 those that are there are not made again. Objects are found by detections with a score above that of the best F1 on
-images that mix all overlaps, one object by one detection; the others are lost.
+images that mix all overlaps, one object by one detection; the others are lost. Tables replace what stands between
+``<!-- curves: SET SCORE -->`` and ``<!-- end -->`` in a document.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from coco_example.evaluation.evaluation import Detector, Ranking
 from coco_example.models.saved_model import load_model
 from found import detected, match, soft_nms, targets_of
 from made import OVERLAPS, make, make_crowds
-from tables import markdown
+from tables import PAGES, fill_in, markdown
 
 from crosskd_assign import adapt
 from crosskd_assign.postprocessing import suppress
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-root", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder that run.py kept the runs in")
     parser.add_argument("--lines", type=Path, default=LINES, help="file of JSON lines to read and append to")
+    parser.add_argument("--documents", type=Path, nargs="+", default=PAGES, help="documents to fill in")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder for the plots")
     parser.add_argument("--study", nargs="+", default=list(STUDIES["overlap"]), help="variants to score")
     parser.add_argument("--sets", nargs="+", default=crowds, choices=crowds, help="data sets")
@@ -90,11 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         file.write(json.dumps(line) + "\n")
                 print(f"scored {run.key}", flush=True)
 
-    # 3. Draw them, and write tables.
+    # 3. Draw them, and fill in their tables.
     for data in options.sets:
-        if curves := best_rankings(line for line in lines if line["data"] == data):
+        if any(line["data"] == data for line in lines):
             draw(lines, options.images / f"{data}.png", data)
-            print("\n\n".join([f"\n{data}", *(table(curves, key) for key in SCORES)]))
+    fill_in(options.documents, {"curves": lambda data, key: table(best_rankings(lines, data[0]), key)})
 
 
 def crowds_of(data: str, data_root: Path, work: Path) -> dict[str, CocoIndex]:
@@ -200,11 +202,11 @@ Curve = tuple[str, str]  # variant and selection
 Curves = dict[Curve, list[Line]]  # the seeds of each
 
 
-def best_rankings(lines: Iterable[Line]) -> Curves:
-    """Group lines by variant and selection; of two rankings, the one with the higher AP on the mix counts."""
+def best_rankings(lines: Iterable[Line], data: str) -> Curves:
+    """Group a set's lines by variant and selection; of two rankings, the one with the higher AP on the mix counts."""
     found: dict[Curve, dict[str, list[Line]]] = {}
     for line in lines:
-        if line["run"] != PERFECT:
+        if line["data"] == data and line["run"] != PERFECT:
             rankings = found.setdefault((line["variant"], line["selection"]), {})
             rankings.setdefault(line["ranking"], []).append(line)
     best = {curve: max(by.values(), key=lambda runs: _mean(runs, "mixed", "ap")) for curve, by in found.items()}
@@ -248,7 +250,7 @@ def table(curves: Curves, key: str) -> str:
 
 def draw(lines: Sequence[Line], path: Path, data: str) -> None:
     """Plot AP and recall against the overlap; bands are standard deviations of the seeds."""
-    curves = best_rankings(line for line in lines if line["data"] == data)
+    curves = best_rankings(lines, data)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     # 1. Draw the baseline in every way, dashed; longer ones in the best; the students.
     rivals = one_to_many(curves)

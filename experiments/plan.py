@@ -144,8 +144,12 @@ class Variant:
     order: tuple[int, tuple[int, ...], float]
 
     def epochs(self, protocol: Protocol) -> int:
-        """Passes over the training images, unless nothing is trained at all."""
-        return int(self.options.get("epochs", max(1, round(protocol.epochs * self.length))))
+        """Passes over the training images, unless nothing is trained at all.
+
+        With pseudo-labels an epoch has all images, not a share: there are fewer epochs, of as many steps in all.
+        """
+        share = protocol.labelled if self.pseudo else 1.0
+        return int(self.options.get("epochs", max(1, round(protocol.epochs * self.length * share))))
 
 
 @dataclass(frozen=True)

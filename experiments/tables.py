@@ -16,6 +16,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +36,42 @@ MARKS = "†‡§"  # of notes, in order of appearance
 Line = dict[str, Any]
 Groups = dict[str, list[Line]]  # the seeds of every variant
 
-_TABLE = re.compile(
-    r"(<!-- (table|gains|conversions|memory): (\S+) (\S+)(?: over (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
-)
+_TABLE = re.compile(r"(<!-- (\w+): (\S+) (\S+)(?: over (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = [DOCS / "results.md", *sorted((DOCS / "results").glob("*.md"))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     # 1. Read the lines.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "runs.jsonl", help="JSON lines of the runs")
-    pages = [DOCS / "results.md", *sorted((DOCS / "results").glob("*.md"))]
-    parser.add_argument("--documents", type=Path, nargs="+", default=pages, help="documents to fill in")
+    parser.add_argument("--documents", type=Path, nargs="+", default=PAGES, help="documents to fill in")
     parser.add_argument("--images", type=Path, default=DOCS / "images", help="folder for the plots")
     options = parser.parse_args(arguments)
     lines = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
 
     # 2. Fill in the tables.
-    def filled(match: re.Match[str]) -> str:
-        begin, kind, data, split, over, end = match.groups()
-        makers: dict[str, Callable[..., str]] = {"table": table, "gains": gains, "conversions": conversions}
-        makers["memory"] = memorised
-        made = makers[kind](lines, data.split(","), split, **({"over": over} if over else {}))
-        return f"{begin}\n{made}\n\n{end}"
-
-    for document in options.documents:
-        document.write_text(_TABLE.sub(filled, document.read_text(encoding="utf-8")), encoding="utf-8")
+    makers = {"table": table, "gains": gains, "conversions": conversions, "memory": memorised}
+    fill_in(options.documents, {kind: partial(maker, lines) for kind, maker in makers.items()})
     # 3. Draw the plots.
     for data in SETS:
         found = grouped(lines, data, "final")
         if BASELINE in found and not data.startswith("overlap"):  # which `overlap.py` draws
             draw(found, options.images / f"results-{'unlabelled-' * (SETS[data].labelled < 1)}{data}.png", data)
     draw_conversions(lines, options.images / "convert-curve.png")
+
+
+def fill_in(documents: Iterable[Path], makers: Mapping[str, Callable[..., str]]) -> None:
+    """Put tables between the marks of documents; marks of other kinds than the makers' stay as they are."""
+
+    def filled(match: re.Match[str]) -> str:
+        begin, kind, data, split, over, end = match.groups()
+        if kind not in makers:
+            return match[0]
+        made = makers[kind](data.split(","), split, **({"over": over} if over else {}))
+        return f"{begin}\n{made}\n\n{end}"
+
+    for document in documents:
+        document.write_text(_TABLE.sub(filled, document.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def grouped(lines: Iterable[Line], data: str, split: str) -> Groups:

@@ -52,8 +52,12 @@ def tiny(tmp_path, monkeypatch) -> Path:
 def test_finished_runs_are_scored_once_in_every_way(tiny, capsys):
     lines = tiny / "overlap.jsonl"
     arguments = ["--data-root", tiny, "--work", tiny, "--lines", lines, "--images", tiny, "--sets", "overlap_tiny"]
-    arguments += ["--seeds", "0", "--study", "one-to-one-inherit", "convert"]
+    arguments += ["--seeds", "0", "--study", "one-to-one-inherit", "convert", "--documents", tiny / "page.md"]
+    (tiny / "page.md").write_text("<!-- curves: overlap_tiny ap -->\nold\n<!-- end -->\n")
     overlap.main([str(argument) for argument in arguments])
+    page = (tiny / "page.md").read_text()
+    assert page.startswith("<!-- curves: overlap_tiny ap -->\n\n| AP | 0.3 | 0.8 | ahead from | seeds |")
+    assert page.endswith("|\n\n<!-- end -->\n")
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     many = [row for row in rows if row["variant"] == "one-to-many"]
     assert {(row["ranking"], row["selection"]) for row in many} == {
@@ -81,6 +85,7 @@ def test_finished_runs_are_scored_once_in_every_way(tiny, capsys):
     lines.write_text("".join(before.splitlines(keepends=True)[:-1]))  # stopped before its last line
     overlap.main([str(argument) for argument in arguments])
     assert lines.read_text() == before
+    assert (tiny / "page.md").read_text() == page
 
 
 @pytest.mark.parametrize(("iou", "threshold"), [(0.5, 0.6), (0.8, 0.6), (0.9, 0.7)])
@@ -134,7 +139,7 @@ def test_tables_compare_students_with_the_best_one_to_many_at_each_overlap():
     for row in lines:
         if row["variant"] == "convert":
             row["scores"]["0.3"]["ap"] -= 0.2
-    text = overlap.table(overlap.best_rankings(lines), "ap").splitlines()
+    text = overlap.table(overlap.best_rankings(lines, "overlap_cells"), "ap").splitlines()
     assert text[0].startswith("| AP | 0 | 0.3 |")
     assert text[2].startswith("| one-to-many, NMS 0.6 | 80.5 ± 0.7 | 62.5 ± 0.7 |")
     assert text[4].startswith("| one-to-many, no NMS | 80.5 ± 0.7 | 59.5 ± 0.7 |")

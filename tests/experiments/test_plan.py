@@ -163,6 +163,17 @@ def test_pseudo_labels_come_from_a_one_to_many_run_and_inheriting_from_the_twin(
     assert not variant("one-to-one-inherit").pseudo
 
 
+def test_ways_to_use_images_without_labels_take_as_many_steps_as_those_that_do_not():
+    labels = SETS["bccd_10"].labelled
+    for name, images_per_epoch in {
+        "one-to-one-inherit": labels,
+        "cross-head-large-inherit-decay-features-unlabelled-50pc": 2 * labels,  # every other image has none
+        "unlabelled-pseudo-inherit": 1.0,
+        "unlabelled-pseudo-large-inherit": 1.0,
+    }.items():
+        assert Run("bccd_10", "final", name, 0).epochs * images_per_epoch == pytest.approx(15)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_the_larger_network_differs_in_what_its_set_says(name):
     small, large = (Run(name, "final", one, 0).options for one in ("one-to-many", "one-to-many-large"))
