@@ -45,8 +45,9 @@ def test_a_traceback_ends_with_the_section_that_explains_this_error(name):
     assert leads_somewhere(kind.page)
     assert kind.page.partition("#")[2] == ("" if kind is CrossKDError else name.lower())  # no other's section
     shown = "".join(traceback.format_exception_only(kind(**PARTS)))
-    end = f"\nSee {kind.page}.\n" if sys.version_info >= (3, 11) else "\n"
-    assert shown == f"crosskd_assign.errors.{name}: {SENTENCE}{end}"
+    start = f"crosskd_assign.errors.{name}: {SENTENCE}\n"
+    # Python 3.10 shows notes only where the package exceptiongroup, which test tools bring, is imported.
+    assert shown == f"{start}See {kind.page}.\n" or (sys.version_info < (3, 11) and shown == start)
 
 
 def test_a_message_alone_stands_for_the_parts():

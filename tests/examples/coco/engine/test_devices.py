@@ -69,6 +69,7 @@ def test_a_run_with_a_wrong_device_leaves_no_folder(workshop, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="--compile needs torch 2.6")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, about itself
 @pytest.mark.usefixtures("no_pictures")
 def test_a_compiled_run_learns_the_same_and_goes_on_without(workshop, tmp_path, monkeypatch):
@@ -96,6 +97,7 @@ def test_a_compiled_run_learns_the_same_and_goes_on_without(workshop, tmp_path, 
 
 
 def test_what_cannot_be_compiled_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.14.0")
     with pytest.raises(RunError, match="a detector with a module backbone"):
         compile_backbones(nn.Linear(1, 1), None)
     detector = nn.Module()
