@@ -18,9 +18,10 @@ from coco_example.data.reader import read_coco
 from coco_example.evaluation.coco_metrics import coco_results
 from coco_example.evaluation.evaluation import Detector
 from coco_example.models.saved_model import load_model
-from found import detected, match, targets_of
+from found import detected, targets_of
 
 from crosskd_assign import adapt
+from crosskd_assign.diagnostics import best_thresholds
 from crosskd_assign.postprocessing import suppress
 
 __all__ = ["UNLABELLED", "keep_labels", "pseudo_label"]
@@ -58,8 +59,8 @@ def keep_labels(source: Path, folder: Path, share: float) -> Path:
 def pseudo_label(part: Path, source: Path, run: Path, folder: Path) -> Path:
     """Make a COCO folder in which a run's detections with NMS are the labels of the images that have none.
 
-    Detections become labels from the score on that has the best F1 on the validation images: the best threshold there
-    is, which nobody who has no other labels could know.
+    Detections become labels from the score on that has the best F1 of their class on the validation images: the best
+    thresholds there are, which nobody who has no other labels could know.
 
     Args:
         part: The folder with labels on a part of the images.
@@ -79,23 +80,25 @@ def pseudo_label(part: Path, source: Path, run: Path, folder: Path) -> Path:
         (draft / split).symlink_to((source / split).resolve())
     _write(draft, "val", _read(part, "val"))
     _write(draft, UNLABELLED, {**everything, "images": others, "annotations": []})
-    # 2. Detect in them, and choose the threshold.
+    # 2. Detect in them, and choose the thresholds.
     model, spec = load_model(run)
     detector = Detector(adapt(model), "class_quality")
     validation = read_coco(*locate_split(part, "val"))
     index = read_coco(draft / "train", draft / "annotations" / f"instances_{UNLABELLED}.json", validation.categories)
     known, new = ([suppress(d, _NMS_THRESHOLD) for d in detected(detector, i)] for i in (validation, index))
-    threshold = match(known, targets_of(validation)).threshold()
-    results = coco_results(new, [record.id for record in index.records], spec.label_to_category)
+    thresholds = best_thresholds(known, targets_of(validation))
+    sure = [thresholds.apply(detection) for detection in new]
+    results = coco_results(sure, [record.id for record in index.records], spec.label_to_category)
     # 3. Add them to the labels.
     first = max((entry["id"] for entry in labelled["annotations"]), default=0) + 1
     added = [
         {"id": id_, "image_id": r["image_id"], "category_id": r["category_id"], "bbox": r["bbox"], "iscrowd": 0,
          "area": r["bbox"][2] * r["bbox"][3], "score": r["score"]}
-        for id_, r in enumerate((r for r in results if r["score"] >= threshold), first)
+        for id_, r in enumerate(results, first)
     ]  # fmt: skip
     both = {"images": labelled["images"] + others, "annotations": labelled["annotations"] + added}
-    _write(draft, "train", {**labelled, **both, "pseudo_label_threshold": threshold})
+    limits = {name: thresholds.of(label) for label, name in spec.label_to_name.items()}
+    _write(draft, "train", {**labelled, **both, "pseudo_label_thresholds": limits})
     draft.replace(folder)
     return folder
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import found
 import labels
 import pytest
 import torch
@@ -16,6 +16,7 @@ from labels import keep_labels, pseudo_label
 from plan import SETS, Run
 from run import Runner
 
+from crosskd_assign.diagnostics import Threshold, Thresholds
 from crosskd_assign.structures import Detection
 
 
@@ -58,7 +59,9 @@ def test_pseudo_labels_are_detections_above_the_threshold_in_images_without_labe
         ]
 
     monkeypatch.setattr(labels, "detected", detect)
-    monkeypatch.setattr(found.Matches, "threshold", lambda _: 0.5)
+    limit = Threshold(score=0.9, f1=1.0, precision=1.0, recall=1.0, objects=1)
+    own = Thresholds(limit, {2: replace(limit, score=0.5)})
+    monkeypatch.setattr(labels, "best_thresholds", lambda detections, targets: own)
     folder = pseudo_label(part, scenes_folder, run, tmp_path / "pseudo")
     before, after = read(part), read(folder)
     assert {image["id"] for image in after["images"]} == {image["id"] for image in read(scenes_folder)["images"]}
