@@ -73,9 +73,18 @@ class ModelError(CrossKDError):
 
 
 class RunError(CrossKDError):
-    """A run that cannot start, continue, be read or be exported: its folder, teacher or options."""
+    """A run that cannot start, continue, be read or be exported: its folder, teacher or options.
+
+    Args:
+        message: As of `CrossKDError`, which has the parts, too.
+        page: Section that explains this one better than the one of all.
+    """
 
     page = "docs/troubleshooting.md#runerror"
+
+    def __init__(self, message: str = "", *, page: str = "", **parts: str) -> None:
+        self.page = page or type(self).page
+        super().__init__(message, **parts)
 
 
 class NonFiniteLossError(CrossKDError):
@@ -91,7 +100,12 @@ class DeadLossError(CrossKDError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another package's error message, which may have dozens."""
+    """Return the first line of another package's error message, which may have dozens; of an error of ours, what came.
+
+    A whole sentence of ours would be nested in another.
+    """
+    if isinstance(error, CrossKDError) and error.got:
+        return f"{error.got} instead of {error.expected}"
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
