@@ -122,7 +122,7 @@ def test_a_run_that_needs_nms_is_not_exported(tmp_path, capsys):
 
 def test_what_is_no_run_is_not_exported(tmp_path, capsys):
     assert call(export, tmp_path) == 2
-    assert "no model.json" in capsys.readouterr().err
+    assert "a folder without model.json" in capsys.readouterr().err
 
 
 def test_a_size_that_cannot_be_is_an_error(run, tmp_path, capsys):
