@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import unicodedata
+from collections.abc import Mapping
 
 from crosskd_assign.errors import CrossKDError
 
@@ -17,6 +19,7 @@ __all__ = [
     "NonFiniteLossError",
     "RunError",
     "first_line",
+    "of_options",
     "printable",
 ]
 
@@ -107,6 +110,12 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, CrossKDError) and error.got:
         return f"{error.got} instead of {error.expected}"
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def of_options(error: CrossKDError, options: Mapping[str, str]) -> CrossKDError:
+    """Write an error of the library for somebody who has options in the place of these arguments."""
+    fix = re.sub(r"\w+", lambda word: options.get(word[0], word[0]), error.fix)
+    return type(error)(expected=error.expected, got=error.got, where=error.where, fix=fix)
 
 
 def printable(text: str) -> str:
