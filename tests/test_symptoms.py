@@ -17,6 +17,7 @@ from crosskd_assign import CrossHeadDistiller, DetectorAdapter, EndToEndDetector
 from crosskd_assign.structures import DensePredictions, Target
 from crosskd_assign.symptoms import (
     symptom_of_images,
+    symptom_of_labels,
     symptom_of_levels,
     symptom_of_logits,
     symptom_of_quality,
@@ -141,6 +142,22 @@ def test_a_look_changes_no_loss_and_no_random_number():
     torch.testing.assert_close(outcomes[0], outcomes[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("build", [small_fcos, small_retinanet])
+def test_label_0_of_a_detector_that_learnt_labels_from_1_is_warned_of(build):
+    model = build()
+    last = model.head.classification_head.cls_logits
+    with torch.no_grad():  # what training does with a channel that no object has; by channel of every anchor
+        last.bias[:: model.head.classification_head.num_classes] = -9
+        last.weight[:: model.head.classification_head.num_classes] = 0
+    images, targets = scene(SIZES)
+    assert {int(label) for target in targets for label in target["labels"]} == {1, 2}
+    assert messages(EndToEndDetector(copy.deepcopy(model)), images, targets) == []
+    shifted: list[Target] = [{**target, "labels": target["labels"] - 1} for target in targets]
+    (said,) = messages(EndToEndDetector(model), images, shifted)
+    assert re.search(r"labels that count from 1, but got label 0.* no score of it is above 0\.000", said)
+    assert messages(EndToEndDetector(build()), images, shifted) == []  # fresh: labels may count from 0
+
+
 def test_a_distiller_warns_of_its_teacher_too():
     images, targets = scene(SIZES)
     unsure = CrossHeadDistiller(small_fcos(1), small_retinanet(2, confidence=0.01, levels=5))
@@ -203,6 +220,28 @@ def test_logits_of_fresh_heads_are_no_symptom(classes, bias, spread):
     assert symptom_of_logits(logits + float("nan")) is None
 
 
+@pytest.mark.parametrize(
+    ("best", "labels"),
+    [
+        ([-4.6, -4.6, -4.6], [0]),  # a fresh head
+        ([-5.4, -4.6, -4.6], [0]),
+        ([-9.0, -9.0, -9.0], [0]),  # sure of nothing, of label 0 no less than of others
+        ([-4.4, 2.0, 2.0], [0]),  # an object that is hard to see
+        ([-9.0, -8.0, 2.0, -8.0], [0]),  # most other classes are not in the image, and as unlikely
+        ([-9.0, 2.0, 2.0], [1, 2]),  # the background, and nothing has its label
+        ([-9.0, 2.0, 2.0], []),
+        ([-9.0], [0]),
+        ([float("nan"), 2.0, 2.0], [0]),
+    ],
+)
+def test_label_0_of_a_class_is_no_symptom(best, labels):
+    logits = torch.full((2, 5, len(best)), -12.0)
+    logits[1, 3] = torch.tensor(best)
+    targets: list[Target | None] = [None, {"boxes": torch.zeros(len(labels), 4), "labels": torch.tensor(labels).long()}]
+    assert symptom_of_labels(targets, logits) is None
+    assert symptom_of_labels([None, None], logits) is None
+
+
 @pytest.mark.parametrize("confidence", [0.01, 0.1, 0.3])
 def test_a_centerness_is_no_objectness(confidence):
     adapter = EndToEndDetector(small_fcos(confidence=confidence)).adapter.eval()
@@ -236,6 +275,7 @@ SYMPTOMS = {
     "symptom_of_targets": lambda: symptom_of_targets(boxes((0.1, 0.1, 0.5, 0.5)), SIZES[:1]),
     "symptom_of_logits": lambda: symptom_of_logits(torch.rand(1, 9, 2)),
     "symptom_of_quality": lambda: symptom_of_quality(predicted(3, quality=-5)),
+    "symptom_of_labels": lambda: symptom_of_labels(boxes((0, 0, 9, 9)), torch.tensor([[[-9.0, 2.0]]])),
     "symptom_of_levels": lambda: symptom_of_levels(predicted(3)),
     "symptom_of_teacher": lambda: symptom_of_teacher(predicted(-12)),
 }

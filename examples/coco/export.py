@@ -18,18 +18,27 @@ from typing import Any, get_args
 
 from coco_example.commands import CommandParser, run_command
 from coco_example.data.calibration import find_pictures, prepared_pictures, validation_folder
-from coco_example.errors import MissingPackageError, RunError
+from coco_example.errors import MissingPackageError, RunError, of_options
 from coco_example.evaluation.onnx_detector import OnnxDetector
 from coco_example.models.class_filter import labels_of
 from coco_example.models.detectors import selection_of
 from coco_example.models.saved_model import load_model
 
 from crosskd_assign import EndToEndDetector, adapt
+from crosskd_assign.errors import ExportError, OptionError
 from crosskd_assign.export import ExportReport, convert_openvino, export_onnx, halve_onnx, quantize_onnx
 from crosskd_assign.export.precision import Calibration
 from crosskd_assign.export.tensor_detector import Outputs, Preprocessing
 
 __all__ = ["export", "main"]
+
+OPTIONS = {  # of arguments that errors of the library name
+    "box_tolerance": "--box-tolerance",
+    "image_size": "--size",
+    "outputs": "--outputs",
+    "preprocessing": "--preprocessing",
+    "score_tolerance": "--score-tolerance",
+}
 
 
 def export(
@@ -43,6 +52,8 @@ def export(
     opset: int = 18,
     classes: Sequence[str] | None = None,
     one_class_per_point: bool | None = None,
+    score_tolerance: float | None = None,
+    box_tolerance: float = 1e-3,
 ) -> ExportReport:
     """Export the detector of a run, with the names of its classes and the size it was trained at, in pixels.
 
@@ -56,8 +67,11 @@ def export(
         opset: ONNX operator set.
         classes: Names or ids of the classes to detect; None: all.
         one_class_per_point: Whether each point reports its best class only; None: as the run.
+        score_tolerance: Largest difference of a score that the check puts down to rounding; None: as `export_onnx`.
+        box_tolerance: Largest difference of a box's side that it does, in pixels.
 
     Raises:
+        ExportError: `export_onnx` raises it.
         RunError: There is no finished run, its detector lacks a class, or it needs NMS and is to detect without.
     """
     model, spec = load_model(run)
@@ -102,6 +116,8 @@ def export(
             **({} if spec.thresholds is None else spec.thresholds.as_metadata()),
         },
         opset=opset,
+        score_tolerance=score_tolerance,
+        box_tolerance=box_tolerance,
     )
 
 
@@ -140,6 +156,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="let each point report its best class only (as the run)",
+    )
+    parser.add_argument(
+        "--score-tolerance",
+        type=float,
+        default=None,
+        help="largest difference of a score between file and detector that is rounding (1e-5; with a selection branch "
+        "1e-3)",
+    )
+    parser.add_argument(
+        "--box-tolerance",
+        type=float,
+        default=1e-3,
+        help="largest difference of a box's side that is, in pixels (1e-3)",
     )
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set (18)")
     parser.add_argument(
@@ -220,9 +249,13 @@ def run(options: argparse.Namespace) -> None:
             opset=options.opset,
             classes=options.classes,
             one_class_per_point=options.one_class_per_point,
+            score_tolerance=options.score_tolerance,
+            box_tolerance=options.box_tolerance,
         )
         if pictures:
             steps = finish(options, onnx, path, pictures)
+    except (ExportError, OptionError) as error:
+        raise of_options(error, OPTIONS) from error
     finally:
         if pictures:
             onnx.unlink(missing_ok=True)

@@ -164,7 +164,7 @@ def _inherit(options: Options, model: nn.Module, teacher: nn.Module | None, work
     origin = teacher if given.inherit or given.convert else None
     parts = ("backbone", "neck", "head") if given.convert or given.inherit_head else ("backbone", "neck")
     if given.inherit_from:
-        origin, _ = load_teacher(given.inherit_from, options.model)
+        origin, _ = load_teacher(given.inherit_from, options.model, option="--inherit-from")
     if origin is None:
         return
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosskd_assign import DensePredictions, DetectorAdapter, GridLevel, ResizingAdapter, functional
+from crosskd_assign.errors import CrossKDError
 from crosskd_assign.structures import Batch
 
 __all__ = ["NanoDetAdapter", "YOLOXAdapter", "nanodet_m", "yolox_nano"]
@@ -38,6 +39,12 @@ NORMALISATION: dict[str, Any] = {
 # COCO numbers its 80 classes from 1 to 90; these numbers it never used.
 _UNUSED = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 COCO_CATEGORIES = dict(enumerate(category for category in range(1, 91) if category not in _UNUSED))
+
+
+class MissingFilesError(CrossKDError):
+    """The networks or their weights are not there."""
+
+    page = "docs/how-to/third-party.md#what-each-adapter-is-tested-for"
 
 
 class NanoDetAdapter(ResizingAdapter):
@@ -116,11 +123,14 @@ def yolox_nano(size: int = 416) -> tuple[DetectorAdapter, dict[int, int]]:
 def _network(name: str, weights: str) -> nn.Module:
     """Load a network of ``coco_detectors.py`` with its weights."""
     folder = Path(os.environ.get("COCO_DETECTORS", "."))
+    missing = [file for file in ("coco_detectors.py", weights) if not (folder / file).is_file()]
     spec = importlib.util.spec_from_file_location("coco_detectors", folder / "coco_detectors.py")
-    if spec is None or spec.loader is None or not (folder / weights).is_file():
-        raise FileNotFoundError(
-            f"Expected coco_detectors.py and {weights}, but got none ({folder}). Fix: name their folder in the "
-            "environment variable COCO_DETECTORS."
+    if missing or spec is None or spec.loader is None:
+        raise MissingFilesError(
+            expected=f"coco_detectors.py and {weights}",
+            got=f"no {' and no '.join(missing)}",
+            where=f"{folder}",
+            fix="name their folder in the environment variable COCO_DETECTORS",
         )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

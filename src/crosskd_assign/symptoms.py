@@ -26,6 +26,7 @@ __all__ = [
     "PAGE",
     "FirstLook",
     "symptom_of_images",
+    "symptom_of_labels",
     "symptom_of_levels",
     "symptom_of_logits",
     "symptom_of_quality",
@@ -40,6 +41,8 @@ PAGE = "docs/troubleshooting.md#warnings-of-the-first-step"  # has a section for
 CONFIDENT = 0.05  # scores above it count for cross-head distillation
 SOME = 0.4  # share of boxes with inverted corners from which on their columns are doubted; fewer are bad boxes
 FRACTION = 1.5  # boxes of an image are fractions of it if no coordinate is larger; a little more than 1 for rounding
+UNLIKELY = 0.01  # of a channel that learnt nothing but background no score is above it, which heads commonly start at
+FAR = 2.0  # how far below the best logit of half of the others its best one is
 _INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))  # folders of code between
 
 
@@ -83,6 +86,7 @@ def worst_symptom(run: ForwardPass) -> CrossKDError | None:
         or symptom_of_targets(run.targets, batch.sizes)
         or symptom_of_logits(predictions.logits)
         or symptom_of_quality(predictions)
+        or symptom_of_labels(run.targets, predictions.logits)
         or (None if predictions.points.device.type == "cpu" else symptom_of_levels(predictions))
     )
 
@@ -209,6 +213,32 @@ def symptom_of_quality(predictions: DensePredictions) -> PredictionError | None:
         "objectness",
         where="head().quality",
         fix="leave quality out, and give logits=functional.product_logits(logits, objectness[..., None])",
+    )
+
+
+def symptom_of_labels(targets: Sequence[Target | None], logits: Tensor) -> TargetError | None:
+    """Find out whether objects have label 0 where channel 0 has learnt that it is background.
+
+    torchvision's COCO weights are so, and all that was trained on labels from 1. Where label 0 is a class, one of its
+    objects gets a score; where nothing was learnt yet, all channels are alike.
+
+    Args:
+        targets: N targets.
+        logits: ``(N, A, C)`` of their images.
+    """
+    if logits.shape[-1] < 2 or not any(bool((t["labels"] == 0).any()) for t in targets if t is not None):
+        return None
+    best = logits.detach().amax(dim=(0, 1)).float()  # (C,)
+    first, usual = float(best[0]), float(best[1:].median())
+    score, other = torch.tensor([first, usual]).sigmoid().tolist()
+    if not (score < UNLIKELY and first < usual - FAR):
+        return None
+    return TargetError(
+        expected="labels that count from 1",
+        got=f"label 0, whose channel looks like background: no score of it is above {score:.2g}, and half of the other "
+        f"classes reach {other:.2g}",
+        where="targets",
+        fix="number classes as the detector was trained with them: torchvision's COCO weights have COCO's category ids",
     )
 
 

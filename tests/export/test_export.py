@@ -420,7 +420,8 @@ def test_a_graph_that_says_something_else_is_found_out_and_not_written(lie, tmp_
     path = tmp_path / "a.onnx"
     path.write_text("what was there before")
     with pytest.raises(
-        ExportError, match=r"Expected the detections of the detector, but got .*image 0 of \(1, 3, 32, 64"
+        ExportError,
+        match=r"Expected the detections of the detector, but got .*image 0 of \(1, 3, 32, 64.* raise score_tol",
     ):
         export_onnx(one_pixel(Liar, lie=lie), path, **SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
@@ -521,6 +522,8 @@ def test_weights_beyond_one_file_are_an_error(tmp_path, monkeypatch):
     [
         (OptionError, {"opset": 17}, "opset of at least 18"),
         (OptionError, {"batch_size": 0}, "batch_size of at least 1"),
+        (OptionError, {"score_tolerance": -1e-9}, "score_tolerance of at least 0"),
+        (OptionError, {"box_tolerance": float("nan")}, "box_tolerance of at least 0"),
         (OptionError, {"preprocessing": "no"}, "'no'"),
         (OptionError, {"image_size": (0, 32)}, "image_size"),
         (OptionError, {"image_size": (30, 64), "preprocessing": "outside"}, "multiples of 32"),

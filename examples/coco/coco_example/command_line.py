@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from coco_example.commands import CommandParser
 from coco_example.errors import RunError
 from coco_example.files import read_json
+from coco_example.models.saved_model import check_finished
 from coco_example.options import GROUPS, TIMM, Arm, Backbone, ModelOptions, Options, TrainingOptions, is_reference
 from coco_example.together import incompatible
 
@@ -40,7 +41,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     try:
         parser.set_defaults(**_conversion(arguments))
     except RunError as error:
-        parser.error(f"{error}")
+        parser.refuse(f"{error}", error.page)
 
     # 3. Parse, and refuse what means nothing.
     options = Options.from_flat(vars(parser.parse_args(arguments)))
@@ -71,6 +72,7 @@ def _conversion(arguments: Sequence[str] | None) -> dict[str, Any]:
         kept: dict[str, Any] = {"size": 1333, "short_side": 800} if full else {"size": 0}
         rate = FOREIGN_RATE
     else:
+        check_finished(Path(given.convert), "--convert")
         model, run = (read_json(Path(given.convert) / name) for name in ("model.json", "config.json"))
         names = {option.name for option in fields(TrainingOptions)} | {"augmentation", "mosaic", "cache"}
         kept = {name: value for name, value in run.items() if name in names}

@@ -26,7 +26,11 @@ class CommandParser(argparse.ArgumentParser):
 
     @override
     def error(self, message: str) -> NoReturn:
-        self.exit(2, printable(f"{self.prog}: error: {message}\nSee --help, or {self.page}.\n"))
+        self.refuse(message, self.page)
+
+    def refuse(self, message: str, page: str) -> NoReturn:
+        """End with a sentence, and the page that explains it."""
+        self.exit(2, printable(f"{self.prog}: error: {message}\nSee --help, or {page}.\n"))
 
 
 def run_command(work: Callable[[], object]) -> int:

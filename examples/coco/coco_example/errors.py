@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import unicodedata
+from collections.abc import Mapping
 
 from crosskd_assign.errors import CrossKDError
 
@@ -17,6 +19,7 @@ __all__ = [
     "NonFiniteLossError",
     "RunError",
     "first_line",
+    "of_options",
     "printable",
 ]
 
@@ -73,9 +76,18 @@ class ModelError(CrossKDError):
 
 
 class RunError(CrossKDError):
-    """A run that cannot start, continue, be read or be exported: its folder, teacher or options."""
+    """A run that cannot start, continue, be read or be exported: its folder, teacher or options.
+
+    Args:
+        message: As of `CrossKDError`, which has the parts, too.
+        page: Section that explains this one better than the one of all.
+    """
 
     page = "docs/troubleshooting.md#runerror"
+
+    def __init__(self, message: str = "", *, page: str = "", **parts: str) -> None:
+        self.page = page or type(self).page
+        super().__init__(message, **parts)
 
 
 class NonFiniteLossError(CrossKDError):
@@ -91,8 +103,19 @@ class DeadLossError(CrossKDError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another package's error message, which may have dozens."""
+    """Return the first line of another package's error message, which may have dozens; of an error of ours, what came.
+
+    A whole sentence of ours would be nested in another.
+    """
+    if isinstance(error, CrossKDError) and error.got:
+        return f"{error.got} instead of {error.expected}"
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def of_options(error: CrossKDError, options: Mapping[str, str]) -> CrossKDError:
+    """Write an error of the library for somebody who has options in the place of these arguments."""
+    fix = re.sub(r"\w+", lambda word: options.get(word[0], word[0]), error.fix)
+    return type(error)(expected=error.expected, got=error.got, where=error.where, fix=fix)
 
 
 def printable(text: str) -> str:

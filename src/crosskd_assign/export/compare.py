@@ -241,7 +241,7 @@ def compare_file(
 def _disagreement(view: TensorDetector, batches: Sequence[Tensor], expected: str, got: str, where: str) -> ExportError:
     """Build the error of a file that finds something else, with its reason as far as it can be seen."""
     fix = "look for Python numbers, caches or branches that depend on the image in the adapter; differences just above "
-    fix += "the tolerance are rounding: raise it"
+    fix += "the tolerance are rounding: raise score_tolerance or box_tolerance"
     if len({batch.shape[2:] for batch in batches}) > 1 and (line := _line_that_counts(view, batches[0])):
         where += f"; {line}"
         fix = "len(level) is a Python number, which tracing bakes into the file: write "

@@ -133,6 +133,8 @@ def export_onnx(
     validate_place(path)
     validate_option("opset", opset, low=18)
     validate_option("batch_size", 1 if batch_size is None else batch_size, low=1)
+    validate_option("score_tolerance", score_tolerance or 0, low=0)
+    validate_option("box_tolerance", box_tolerance, low=0)
     view = TensorDetector(detector, preprocessing=preprocessing, outputs=outputs, one_to_many=one_to_many)
     view = copy.deepcopy(view)
     view.cpu().float().eval().requires_grad_(False)

@@ -213,8 +213,8 @@ def test_evaluation_of_what_is_not_there_or_not_finished_ends_with_a_sentence(st
     damaged = shutil.copytree(student, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((student / "model.safetensors").read_bytes()[:9999])
     for run, data, reason in (
-        (tmp_path / "none", scenes_folder, "a finished run, but got no model.json"),
-        (unfinished, scenes_folder, "a finished run, but got no model.json"),
+        (tmp_path / "none", scenes_folder, "a finished run, but got no such folder"),
+        (unfinished, scenes_folder, "a finished run, but got a folder without model.json"),
         (damaged, scenes_folder, "cannot be read as one"),
         (student, tmp_path / "none", "an image folder and its annotation file, but got"),
     ):

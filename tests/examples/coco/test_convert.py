@@ -13,10 +13,12 @@ import pytest
 import torch
 import train
 from coco_example.engine.metrics_log import read_metrics
+from coco_example.errors import RunError
 from coco_example.models.detectors import selection_of
 from coco_example.models.saved_model import load_model
 from safetensors.torch import load_file
 
+from tests.makers.pages import leads_somewhere
 from tests.makers.training_runs import assert_same_run, stop_in
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -159,10 +161,41 @@ def test_what_does_not_go_with_a_conversion_is_refused(scenes_folder, teacher, t
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_what_is_no_finished_run_cannot_be_converted(scenes_folder, tmp_path, capsys):
+@pytest.mark.parametrize("option", ["--convert", "--teacher", "--inherit-from"])
+@pytest.mark.parametrize(
+    ("named", "got", "fix"),
+    [
+        ("nowhere", "no such folder", "check the path"),
+        ("torchvison:fcos_resnet50_fpn", "no such folder", "check the path"),
+        ("empty", "a folder without model.json", "train it to the end first"),
+    ],
+)
+def test_what_is_no_detector_is_refused_by_the_option_that_names_it(
+    scenes_folder, tmp_path, capsys, monkeypatch, option, named, got, fix
+):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    arm = [] if option == "--convert" else ["--arm", "cross-head" if option == "--teacher" else "one-to-one"]
+    try:
+        code = train.main(["--data-path", f"{scenes_folder}", "--output", "run", option, named, *arm, "--size", "64"])
+    except SystemExit as ended:  # as argparse ends
+        code = int(str(ended.code))
+    sentence, page = capsys.readouterr().err.splitlines()[-2:]
+    assert code == 2
+    expected = f"Expected a finished run, torchvision:NAME or python:FILE:FUNCTION, but got {got} ({option} {named})."
+    assert f"error: {expected} Fix: {fix}" in sentence
+    place = page.removeprefix("See ").removeprefix("--help, or ").removesuffix(".")
+    guide = "docs/how-to/convert.md#on-a-coco-folder"
+    assert place == (guide if option == "--convert" else RunError.page)
+    assert leads_somewhere(place)
+    assert not Path("run").exists()
+
+
+def test_a_file_that_a_conversion_cannot_read_has_a_page_of_its_own(scenes_folder, tmp_path, capsys):
+    (tmp_path / "model.json").write_text("[]")
     with pytest.raises(SystemExit):
-        train.main(arguments(scenes_folder, tmp_path / "nowhere", tmp_path / "run"))
-    assert "name the folder of a run" in capsys.readouterr().err
+        train.main(arguments(scenes_folder, tmp_path, tmp_path / "run"))
+    assert capsys.readouterr().err.endswith(f"restore that file.\nSee --help, or {RunError.page}.\n")
 
 
 def test_fewer_classes_are_fine_and_others_are_refused_by_name(scenes_folder, teacher, tmp_path, capsys):

@@ -27,7 +27,10 @@ from coco_example.engine.metrics_log import MetricsLog
 from coco_example.engine.signals import Interrupted
 from coco_example.errors import DataError, RunError, printable
 from coco_example.files import write_json, write_whole
+from coco_example.models.saved_model import load_model
 from coco_example.models.score_thresholds import CUTS_PAGE
+from coco_example.models.teachers import load_teacher
+from coco_example.options import ModelOptions
 
 from tests.makers.pages import leads_somewhere
 
@@ -89,6 +92,35 @@ def test_every_kind_of_error_ends_with_a_section_of_its_own(capsys, kind):
     assert capsys.readouterr().err == f"error: Expected a, but got b (c). Fix: d.\nSee {kind.page}.\n"
     assert kind.page.partition("#")[2] == kind.__name__.lower()
     assert leads_somewhere(kind.page)
+
+
+def sentence_of(capsys: pytest.CaptureFixture[str], work: Callable[[], object]) -> tuple[str, str]:
+    """The one sentence that a command ends with, which has no other in it, and the page."""
+    assert run_command(work) == 2
+    sentence, page = capsys.readouterr().err.splitlines()
+    assert [sentence.count(word) for word in ("Expected", "but got", "Fix:")] == [1, 1, 1], sentence
+    return sentence, page.removeprefix("See ").removesuffix(".")
+
+
+def test_files_that_an_example_misses_are_one_sentence(capsys, monkeypatch, tmp_path):
+    (tmp_path / "coco_detectors.py").touch()
+    monkeypatch.setenv("COCO_DETECTORS", f"{tmp_path}")
+    file = Path(train.__file__).parents[1] / "third_party" / "nanodet_yolox.py"
+    sentence, page = sentence_of(capsys, lambda: load_teacher(f"python:{file}:yolox_nano", ModelOptions()))
+    assert f"but got no yolox_nano_coco.pth ({tmp_path}). Fix: name their folder in the environment" in sentence
+    assert leads_somewhere(page)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [({"channels": 7}, "7 instead of channels in"), ({"backbone": "tiny"}, "'fcos' on 'tiny' instead")],
+)
+def test_a_detector_that_cannot_be_built_is_one_sentence_about_its_file(student, tmp_path, capsys, change, got):
+    values = json.loads((student / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**values, **change}))
+    sentence, _ = sentence_of(capsys, lambda: load_model(tmp_path))
+    assert f"got another: {got}" in sentence
+    assert f"({tmp_path / 'model.json'})" in sentence
 
 
 def test_warnings_end_with_a_section_that_is_there(capsys):

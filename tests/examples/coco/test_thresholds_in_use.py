@@ -175,7 +175,7 @@ def test_classes_are_named_or_given_by_id_and_unknown_ones_get_the_nearest_names
 def test_what_top_k_may_have_dropped_is_said(student, scenes_folder, pictures, tmp_path, capsys):
     options = ["--run", student, "--score-threshold", 0, "--top-k", 2]
     shown(pictures, tmp_path / "out", *options)
-    assert "in 3 of 3 images all 2 detections that --top-k allows score above a threshold" in capsys.readouterr().err
+    assert "in 3 of 3 images all 2 detections that --top-k allows score above the threshold" in capsys.readouterr().err
     shown(pictures, tmp_path / "out", "--run", student, "--score-threshold", 0.999, "--top-k", 2)
     assert "warning" not in capsys.readouterr().err
     assert call(evaluate, "--run", student, "--data-path", scenes_folder, "--top-k", 4) == 0
@@ -183,14 +183,27 @@ def test_what_top_k_may_have_dropped_is_said(student, scenes_folder, pictures, t
 
 
 @pytest.mark.parametrize(
-    ("scores", "cuts"), [([0.9, 0.5], True), ([0.9, 0.2], True), ([0.9, 0.1], False), ([0.9], False)]
+    ("scores", "labels", "cuts"),
+    [
+        ([0.9, 0.5], [1, 1], True),
+        ([0.9, 0.2], [1, 9], True),  # the last one is not shown, but another of class 1 may come after it
+        ([0.9, 0.2], [9, 1], True),
+        ([0.9, 0.5], [5, 5], False),  # of class 5 nothing below 0.6 would be shown
+        ([0.9, 0.5], [9, 5], False),
+        ([0.9, 0.1], [1, 1], False),  # all that is dropped scores less than every threshold of what is there
+        ([0.9, 0.5], [5, 3], True),
+        ([0.9, 0.005], [3, 3], False),
+        ([0.9, 0.9], [9, 9], False),  # classes that nobody asked for
+        ([0.9], [1], False),
+    ],
 )
-def test_top_k_cuts_where_the_last_one_scores_above_the_lowest_threshold_in_use(scores, cuts):
-    limits = ScoreThresholds(0.6, "", {1: 0.2, 2: 0.01})
+def test_top_k_cuts_where_the_last_one_scores_above_the_threshold_of_a_class_that_is_found(scores, labels, cuts):
+    # Class 3 had few objects, and so has a threshold that nearly everything passes: it counts where it is found.
+    limits = ScoreThresholds(0.6, "", {1: 0.2, 3: 0.01})
     found = Detection(
-        boxes=torch.zeros(len(scores), 4), scores=torch.tensor(scores).double(), labels=torch.zeros(len(scores))
+        boxes=torch.zeros(len(scores), 4), scores=torch.tensor(scores).double(), labels=torch.tensor(labels)
     )
-    assert limits.cuts(found, 2, [1, 5]) == cuts
+    assert limits.cuts(found, 2, [1, 3, 5]) == cuts
 
 
 # --- one class a point ------------------------------------------------------------------------------------------------
@@ -255,4 +268,4 @@ def test_a_file_is_used_with_its_own_thresholds_and_classes(student, pictures, t
 
 
 def test_the_usual_threshold_has_no_origin():
-    assert (str(USUAL), USUAL.of(7), USUAL.lowest([])) == ("0.30", 0.3, 0.3)
+    assert (str(USUAL), USUAL.of(7)) == ("0.30", 0.3)

@@ -74,7 +74,8 @@ def load_judged_teacher(
     if not (reference and used):
         return None, {}
     if source is None:
-        teacher, labels = load_teacher(reference, options.model, val.categories)
+        option = "--convert" if given.convert else "--teacher"
+        teacher, labels = load_teacher(reference, options.model, val.categories, option=option)
     else:
         teacher, labels = source.model, source.labels
     teacher.to(worker.device)

@@ -56,7 +56,10 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     """
     if resume and not goes_on(folder):
         raise RunError(
-            expected="a run to resume", got="none", where=f"{folder}", fix="leave out --resume, or name its folder"
+            expected="a run to resume",
+            got="a folder without one" if folder.is_dir() else "no such folder",
+            where=f"--output {folder}",
+            fix="leave out --resume, or name the run's folder with --output",
         )
     names = _names(folder)
     claimed = LOCK in names and names <= _FIRST

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coco_example.errors import DataError
+from coco_example.figures.names import Names
 from crosskd_assign.structures import Detection, Target
 
 _BLUE, _ORANGE, _GREEN, _PINK, _SKY, _YELLOW = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442"
@@ -282,24 +283,29 @@ def _draw_boxes(
     scores = entry["scores"].tolist() if "scores" in entry else [math.inf] * len(boxes)
     shown = sorted((i for i, score in enumerate(scores) if score >= score_threshold), key=scores.__getitem__)
     _, width, _, _ = axes.get_images()[0].get_extent()
+    colours = [_BOXES[(label - 1) % len(_BOXES)] for label in labels]
     for i in shown:
         # 2. Draw the box.
         x1, y1, x2, y2 = boxes[i]
-        colour = _BOXES[(labels[i] - 1) % len(_BOXES)]
         halo = [withStroke(linewidth=3.6, foreground="#00000066")]  # keeps the colour apart from a light picture's
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2.2, path_effects=halo))
-        if len(shown) > _MANY_BOXES:
-            continue
-        # 3. Name it, unless names would hide a crowd.
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[i], lw=2.2, path_effects=halo))
+    names = Names(axes)
+    for rank, i in enumerate(reversed(shown if len(shown) <= _MANY_BOXES else [])):
+        # 3. Name it, the best first and on top, unless names would hide a crowd.
+        x1, y1, x2, _ = boxes[i]
         name = class_names.get(labels[i], str(labels[i]))
         text = f"{name} {scores[i]:.2f}" if "scores" in entry else name
         # at the other corner where the text would leave the picture
         x, ha = (x2, "right") if x1 > 0.75 * width else (x1, "left")
         va = "top" if y1 < 0.06 * width else "bottom"
-        ink = "white" if colour in (_GREEN, _BLUE) else _INK
-        size = 11.5 if len(shown) <= 15 else 10
-        tag = {"facecolor": colour, "edgecolor": "none", "pad": 1.2}
-        axes.text(x, y1, text, ha=ha, va=va, fontsize=size, color=ink, bbox=tag, clip_on=True, parse_math=False)
+        ink = "white" if colours[i] in (_GREEN, _BLUE) else _INK
+        style: dict[str, Any] = {
+            "fontsize": 11.5 if len(shown) <= 15 else 10,
+            "color": ink,
+            "zorder": 4 - (rank + 1) / 99,
+        }
+        tag = {"facecolor": colours[i], "edgecolor": "none", "pad": 1.2}
+        names.add(axes.text(x, y1, text, ha=ha, va=va, bbox=tag, clip_on=True, parse_math=False, **style))
     return f"{len(shown)} box{'es' * (len(shown) != 1)}"
 
 

@@ -108,7 +108,7 @@ def load_source(options: Options) -> Source | None:
         return None
     kind, _, name = reference.partition(":")
     names = torchvision_classes(name) if kind == "torchvision" else {}
-    model, labels = load_teacher(reference, options.model)
+    model, labels = load_teacher(reference, options.model, option="--convert")
     if kind == "torchvision":
         labels = {label: label for label in names}  # of its 90, those that COCO uses
     else:
@@ -121,7 +121,7 @@ def classes_of_run(reference: str) -> list[Category] | None:
     """List the classes of the run that is converted; None if there is none, or it is no run."""
     if not reference or is_reference(reference):
         return None
-    _, spec = load_model(Path(reference))
+    _, spec = load_model(Path(reference), "--convert")
     return [Category(*category) for category in spec.categories]
 
 

@@ -22,7 +22,7 @@ from coco_example.models.score_thresholds import ScoreThresholds
 from coco_example.models.weights import load_weights
 from coco_example.options import ModelOptions, is_reference
 
-__all__ = ["ModelSpec", "load_model", "read_notes", "save_model", "save_spec"]
+__all__ = ["ModelSpec", "check_finished", "load_model", "read_notes", "save_model", "save_spec"]
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -139,19 +139,42 @@ def read_notes(folder: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def load_model(folder: Path) -> tuple[nn.Module, ModelSpec]:
+def check_finished(folder: Path, option: str = "") -> None:
+    """See that a folder holds a finished run.
+
+    Args:
+        folder: The folder.
+        option: What named it, if that could have named a detector of torchvision or of a Python file as well.
+
+    Raises:
+        RunError: It holds none, or is not there.
+    """
+    if (folder / "model.json").exists():
+        return
+    there = folder.is_dir()
+    raise RunError(
+        expected="a finished run" + (", torchvision:NAME or python:FILE:FUNCTION" if option else ""),
+        got="a folder without model.json" if there else "no such folder",
+        where=f"{option} {folder}".strip(),
+        fix="train it to the end first" if there else "check the path, from where the command is run",
+        page="docs/how-to/convert.md#on-a-coco-folder" if option == "--convert" else "",
+    )
+
+
+def load_model(folder: Path, option: str = "") -> tuple[nn.Module, ModelSpec]:
     """Build the finished detector of a run, in evaluation mode.
+
+    Args:
+        folder: The run's folder.
+        option: As of `check_finished`.
 
     Raises:
         RunError: The folder holds no finished run, or something else under the names of its files.
         ModelError: Its weights do not fit.
         MissingPackageError: Its backbone is a package's that is not installed.
     """
+    check_finished(folder, option)
     path = folder / "model.json"
-    if not path.exists():
-        raise RunError(
-            expected="a finished run", got="no model.json", where=f"{folder}", fix="train it to the end first"
-        )
     values = read_json(path)
     try:
         spec = ModelSpec.from_flat(values)

@@ -86,20 +86,26 @@ class ScoreThresholds:
         """Return the threshold of a label."""
         return self.per_label.get(label, self.overall)
 
-    def lowest(self, labels: Iterable[int]) -> float:
-        """Return the lowest threshold of some labels."""
-        return min(map(self.of, labels), default=self.overall)
-
     def cuts(self, detection: Detection, top_k: int, labels: Iterable[int]) -> bool:
-        """Say whether ``top_k`` may have dropped, of one image, what a threshold would have kept."""
-        scores = detection["scores"]
-        return len(scores) >= top_k and float(scores[-1]) >= self.lowest(labels)
+        """Say whether ``top_k`` may have dropped, of one image, what a threshold would have kept.
+
+        What is dropped scores at most as much as the last one that is kept. So it may be an object of a class whose
+        threshold is no higher, if the image shows that class at all: if it is among the detections that are kept.
+
+        Args:
+            detection: Detections of the image, best first.
+            top_k: Most that there can be.
+            labels: Those that are shown.
+        """
+        scores, found = detection["scores"], {*detection["labels"].tolist()} & {*labels}
+        return len(scores) >= top_k and any(float(scores[-1]) >= self.of(label) for label in found)
 
     def warn_of_cuts(self, cut: int, images: int, top_k: int) -> str:
         """Write what to do where `cuts` is true of some images."""
         return (
-            f"in {cut} of {images} images all {top_k} detections that --top-k allows score above a threshold "
-            f"({self}), so further objects may have been dropped; raise --top-k"
+            f"in {cut} of {images} images all {top_k} detections that --top-k allows score above the threshold of a "
+            f"class among them ({self}), so further objects may have been dropped; raise --top-k, for an exported file "
+            "that of export.py"
         )
 
     def __str__(self) -> str:

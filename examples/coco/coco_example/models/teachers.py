@@ -23,7 +23,7 @@ __all__ = ["TeacherInTraining", "load_teacher"]
 
 
 def load_teacher(
-    reference: str, student: ModelOptions, classes: Sequence[Category] = ()
+    reference: str, student: ModelOptions, classes: Sequence[Category] = (), *, option: str = "--teacher"
 ) -> tuple[nn.Module, dict[int, Identifier]]:
     """Load a one-to-many teacher.
 
@@ -31,6 +31,7 @@ def load_teacher(
         reference: Folder of a finished run, "torchvision:NAME" or "python:FILE:FUNCTION".
         student: The detector to train; a teacher of torchvision's resizes images as it does.
         classes: The student's; of a run's labels, those of the same names are theirs, whatever the ids.
+        option: What named the teacher.
 
     Returns:
         The teacher, and the category id of each of its labels.
@@ -45,7 +46,7 @@ def load_teacher(
         return detector, {category: category for category in range(1, 91)}
     if kind == "python" and name:
         return python_detector(reference)
-    model, spec = load_model(Path(reference))
+    model, spec = load_model(Path(reference), option)
     if not spec.one_to_many:
         raise RunError(
             expected="a one-to-many teacher",

@@ -247,8 +247,13 @@ def test_a_run_is_not_resumed_with_other_options_which_are_named_with_both_value
 
 
 def test_nothing_is_resumed_where_there_is_no_run(workshop, tmp_path, capsys):
-    assert workshop.train(tmp_path / "none", resume=True) == 2
-    assert f"Expected a run to resume, but got none ({tmp_path / 'none'})" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for name, got in (("none", "no such folder"), ("empty", "a folder without one")):
+        assert workshop.train(tmp_path / name, resume=True) == 2
+        sentence = (
+            f"Expected a run to resume, but got {got} (--output {tmp_path / name}). Fix: leave out --resume, or name"
+        )
+        assert sentence in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
@@ -289,8 +294,8 @@ def test_a_teacher_that_detects_nothing_is_refused_and_leaves_no_folder(workshop
 def test_a_teacher_that_is_none_is_refused_and_leaves_no_folder(workshop, whole, stopped, tmp_path, capsys):
     reasons = {
         whole: "Expected a one-to-many teacher, but got a one-to-one detector",
-        stopped[0]: "Expected a finished run, but got no model.json",
-        tmp_path / "none": "Expected a finished run, but got no model.json",
+        stopped[0]: "but got a folder without model.json",
+        tmp_path / "none": "but got no such folder",
         "": "Expected a teacher for the arm 'cross-head', but got none",
     }
     for candidate, reason in reasons.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from coco_example.models.saved_model import ModelSpec, save_model
 from coco_example.options import ModelOptions
 from PIL import Image
 from torch import nn
+
+from crosskd_assign.errors import ExportError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -122,7 +125,36 @@ def test_a_run_that_needs_nms_is_not_exported(tmp_path, capsys):
 
 def test_what_is_no_run_is_not_exported(tmp_path, capsys):
     assert call(export, tmp_path) == 2
-    assert "no model.json" in capsys.readouterr().err
+    assert "a folder without model.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_file_that_is_off_by_more_than_its_tolerance_names_the_options(run, tmp_path, capsys):
+    file = tmp_path / "a.onnx"
+    assert call(export, run, "--output", file, "--size", 64, 64, "--score-tolerance", 0) == 2
+    sentence, page = capsys.readouterr().err.splitlines()[-2:]
+    assert re.search(r"Expected the detections of the detector, but got score 0\.\d+ instead of 0\.\d+ at", sentence)
+    assert "raise --score-tolerance or --box-tolerance" in sentence
+    assert page == f"See {ExportError.page}."
+    assert not file.exists()
+
+
+def test_tolerances_are_passed_on_and_named_as_options_where_they_are_too_small(run, tmp_path, monkeypatch, capsys):
+    given: dict[str, Any] = {}
+
+    def refuse(*_: Any, **options: Any) -> None:
+        given.update(options)
+        fix = 'raise score_tolerance or box_tolerance, or export it with outputs="dense" and a fixed image_size'
+        raise ExportError(expected="the detections of the detector", got="others", where="export_onnx", fix=fix)
+
+    monkeypatch.setattr(export, "export_onnx", refuse)
+    assert call(export, run, "--output", tmp_path / "a.onnx", "--score-tolerance", 0.5, "--box-tolerance", 0.25) == 2
+    assert (given["score_tolerance"], given["box_tolerance"]) == (0.5, 0.25)
+    fix = 'raise --score-tolerance or --box-tolerance, or export it with --outputs="dense" and a fixed --size'
+    assert capsys.readouterr().err.endswith(f"Fix: {fix}.\nSee {ExportError.page}.\n")
+    with pytest.raises(ExportError):
+        export.export(run, tmp_path / "a.onnx")
+    assert (given["score_tolerance"], given["box_tolerance"]) == (None, 1e-3)
 
 
 def test_a_size_that_cannot_be_is_an_error(run, tmp_path, capsys):

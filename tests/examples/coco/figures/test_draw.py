@@ -10,6 +10,7 @@ import pytest
 import torch
 from coco_example.figures.draw import AssignmentView, draw_assignments, draw_curves, draw_predictions
 from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -107,6 +108,23 @@ def test_a_strip_is_stretched_and_not_drawn_in_its_proportions(tmp_path):
         path = draw_predictions(tmp_path / "a.png", [torch.rand(3, height, width)], [("a", [found])], {1: "a"})
         with Image.open(path) as picture:
             assert max(picture.size) < 6000  # 3,000 times as high as wide would be gigabytes
+
+
+@pytest.mark.parametrize("top", [0, 60, 219])  # at the upper edge, inside, and with no room below
+def test_the_name_of_a_duplicate_can_be_read(tmp_path, top):
+    found = boxes((60, top, 180, top + 20, 2, 0.9), (64, top, 184, top + 20, 1, 0.8), (60, top, 180, top + 20, 3, 0.7))
+
+    def tags(shown: list[int]) -> list[int]:
+        """Columns in which the tag of each class shows, which is higher than a side of a box is thick."""
+        part = {key: values[shown] for key, values in found.items()}
+        path = draw_predictions(tmp_path / "a.png", [grey_image(240, 240)], [("x", [part])], {})
+        pixels = cell(read(path), 0, 0, CELL)
+        windows = [sliding_window_view(close(pixels, colour), 12, axis=0) for colour in (ORANGE, SKY, GREEN)]
+        return [int(window.all(-1).any(0).sum()) for window in windows]
+
+    alone = np.sum([tags([i]) for i in range(3)], axis=0)
+    assert (alone > 10).all()
+    assert (tags([0, 1, 2]) >= 0.75 * alone).all()
 
 
 @pytest.mark.parametrize(("number", "has_names"), [(40, True), (41, False)])
