@@ -232,11 +232,11 @@ SETS = {
     # Crowds with a chosen overlap, of which `made.py` makes pictures: all overlaps mixed. `overlap.py` scores them.
     "overlap_scenes": Protocol(8, _SCENES, shared=_LARGE_TEACHERS),
     "overlap_cells": Protocol(12, _SCENES, shared=_LARGE_TEACHERS),
-    # Labels on a tenth or three tenths of the images, and so many epochs that all sets have about as many steps.
-    "hit_uav_10": Protocol(60, {**_SMALL, "size": 256}, "hit_uav", _LARGE_TEACHERS, labelled=0.1),
-    "hit_uav_30": Protocol(24, {**_SMALL, "size": 256}, "hit_uav", _LARGE_TEACHERS, labelled=0.3),
+    # Labels on a tenth or three tenths of the images, and so many epochs that there are about 1,050 steps.
+    "hit_uav_10": Protocol(20, {**_SMALL, "size": 256}, "hit_uav", _LARGE_TEACHERS, labelled=0.1),
+    "hit_uav_30": Protocol(7, {**_SMALL, "size": 256}, "hit_uav", _LARGE_TEACHERS, labelled=0.3),
     "bccd_10": Protocol(150, {**_SMALL, "size": 192}, "bccd", labelled=0.1),
-    "bccd_30": Protocol(60, {**_SMALL, "size": 192}, "bccd", labelled=0.3),
+    "bccd_30": Protocol(50, {**_SMALL, "size": 192}, "bccd", labelled=0.3),
     "coco_person": Protocol(
         8,
         {**_SMALL, **_MOBILENET, **_PERSON, "size": 256, "channels": 96},
