@@ -32,11 +32,13 @@ _QUICK = 10.0  # times the learning rate, for the two numbers that all scores sh
 class SelectionBranch(nn.Module):
     """A small branch that sees every score beside its neighbours' and multiplies it.
 
-    A one-to-many head scores many points of an object alike. The branch multiplies the score p that the detector ranked
-    by (`ranking_logits`) by a factor σ(e), and e is a sum of two:
+    A one-to-many head scores many points of an object alike. The branch multiplies the score p of each class by a
+    factor σ(e), and e is a sum of two:
 
-    - A filter of maxima: k · d, at least −5, where d ≤ 0 is the distance of the class's logit to the maxima of its
-      3 × 3 neighbours, of the next coarser and of the next finer level. Of an object's points the best keeps its score.
+    - A filter of maxima: k · d, at least −5, where d ≤ 0 is the distance of the logit that the detector ranked by
+      (`ranking_logits`) to the maxima of its 3 × 3 neighbours, of the next coarser and of the next finer level. Of an
+      object's points the best keeps its score. A quality branch has its part here: it tells which point that is. In p
+      it has none, for of different objects the one of better quality need not be the surer one (docs/results.md).
     - A logit that three small convolutions predict at each point from the neck's maps and the scores around it. They
       predict how sharp the filter is at that point, k, too: crowds need it less.
 
@@ -122,16 +124,16 @@ class SelectionBranch(nn.Module):
             predictions: What the head predicts on them, on grids.
 
         Returns:
-            Predictions without a quality branch, which is a part of the score already.
+            Predictions without a quality branch, which the factor has made use of.
         """
         # 1. The score of every class on the grids, and the best one's; what is read of them has no gradient.
-        scores = ranking_logits(predictions)  # (N, A, C)
+        scores = ranking_logits(predictions).detach()  # (N, A, C)
         levels = predictions.levels or ()
         strides = [level.stride for level in levels]
         sizes = [level.height * level.width * level.anchors for level in levels]
         grids = [  # (N, H, W, anchors, C)
             at_least_float32(x).reshape(-1, level.height, level.width, self.anchors, x.shape[-1])
-            for level, x in zip(levels, torch.split(scores.detach(), sizes, dim=1), strict=True)
+            for level, x in zip(levels, torch.split(scores, sizes, dim=1), strict=True)
         ]
         maps = _score_maps([x.amax(dim=-1).permute(0, 3, 1, 2) for x in grids], strides)
 
@@ -149,8 +151,8 @@ class SelectionBranch(nn.Module):
 
         # 3. The product, with the scores that training wants.
         scale, shift = (_QUICK * at_least_float32(self.calibration)).unbind()
-        scores = at_least_float32(scores) * scale.exp() + shift
-        logits = functional.product_logits(scores, torch.cat(factors, dim=1))
+        own = at_least_float32(predictions.logits) * scale.exp() + shift
+        logits = functional.product_logits(own, torch.cat(factors, dim=1))
         return replace(predictions, logits=logits, quality=None)
 
     @override
