@@ -21,6 +21,12 @@ def test_a_precision_is_called_slow_where_it_takes_longer_than_float32(seconds, 
         assert torch.backends.cpu.get_cpu_capability() in line
 
 
+def test_a_busy_machine_makes_no_precision_slow():
+    """Another process has the processor in all measurements but one of each."""
+    turns = iter([9.0, 1.0] * 5 + [0.5, 9.0] + [9.0, 9.0] * 99)
+    assert slow_precision("bfloat16", CPU, lambda dtype: next(turns)) is None
+
+
 def test_nothing_is_measured_in_float32_or_on_an_accelerator():
     for name, device in (("float32", CPU), ("bfloat16", torch.device("cuda"))):
         assert slow_precision(name, device, lambda dtype: pytest.fail("measured")) is None
