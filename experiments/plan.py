@@ -303,6 +303,7 @@ MODIFIERS = {
     "undistilled": Modifier("no distillation", {"arm": "one-to-one"}),
     "unselected": Modifier("no selection branch", {"selection": False}),
     "selection": Modifier("selection branch", {"selection": True}),
+    "class": Modifier("score of the class alone", {"class_score": True}),
     # Distillation.
     "decay": Modifier("fading", {"distill_decay": "cosine"}),
     "warmup": Modifier("warmed up", {"distill_warmup": 0.2}),

@@ -24,10 +24,11 @@ MAKERS: dict[str, Any] = {"fcos": small_fcos, "retinanet": small_retinanet, "tin
 each_kind = pytest.mark.parametrize("kind", MAKERS)
 
 
-def build(kind: str, **options: Any) -> EndToEndDetector:
+def build(kind: str, *, class_score: bool = False, **options: Any) -> EndToEndDetector:
     model = MAKERS[kind](1)
     torch.manual_seed(0)
-    return EndToEndDetector(model, selection=SelectionBranch(model), **options).train()
+    branch = SelectionBranch(model, class_score=class_score)
+    return EndToEndDetector(model, selection=branch, **options).train()
 
 
 def stirred(detector: EndToEndDetector) -> EndToEndDetector:
@@ -57,15 +58,17 @@ def test_ranking_logits_are_those_of_the_root_of_class_times_quality():
 # --- how it begins ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("class_score", [False, True], ids=["as it ranks", "class"])
 @each_kind
-def test_a_fresh_branch_filters_maxima_and_changes_no_box(kind):
+def test_a_fresh_branch_filters_maxima_and_changes_no_box(kind, class_score):
     images, _ = scene(SIZES)
-    detector = build(kind).eval()
+    detector = build(kind, class_score=class_score).eval()
     with torch.no_grad():
         before = plain_predictions(detector, images)
         after = detector.run(images).predictions
     torch.testing.assert_close(after.boxes, before.boxes)
-    p, q = before.logits.sigmoid(), after.logits.sigmoid()
+    p = (before.logits if class_score else ranking_logits(before)).sigmoid()
+    q = after.logits.sigmoid()
     ratio = (q / p).clamp(max=1)
     assert torch.all(q <= p)
     assert torch.all(ratio <= torch.tensor(2.0).sigmoid() + 1e-4)
@@ -119,9 +122,9 @@ def test_depths_are_distances_to_the_maxima_of_the_same_class(anchors, order):
 
 
 @each_kind
-def test_quality_tells_which_point_of_an_object_is_left_and_ranks_no_objects(kind):
+def test_quality_can_choose_the_point_of_an_object_and_rank_no_objects(kind):
     images, _ = scene(SIZES)
-    detector = build(kind).eval()
+    detector = build(kind, class_score=True).eval()
     with torch.no_grad():
         run = EndToEndDetector(detector.adapter).eval().run(images)
         plain = replace(run.predictions, quality=torch.zeros(run.predictions.logits.shape[:2]))
@@ -153,7 +156,7 @@ def test_calibration_changes_no_order():
         plain, before = plain_predictions(detector, images), detector.run(images).predictions
         detector.selection.calibration.data = torch.tensor([-0.05, -0.2])
         after = detector.run(images).predictions
-    maxima = before.logits.sigmoid() / plain.logits.sigmoid() > 0.88
+    maxima = before.logits.sigmoid() / ranking_logits(plain).sigmoid() > 0.88
     best_first = before.logits[maxima].argsort(descending=True)
     assert len(best_first) > 20
     assert (after.logits[maxima][best_first].diff() <= 1e-5).all()
@@ -244,12 +247,16 @@ def test_a_frozen_detector_stays_as_it_is_while_the_branch_learns(kind):
 
 
 @pytest.mark.parametrize("kind", ["fcos", "tiny"])
-def test_a_quality_branch_is_frozen_with_it_and_without(kind):
-    for detector in (build(kind), EndToEndDetector(MAKERS[kind](1))):
+def test_a_quality_branch_learns_where_it_is_a_part_of_the_score_and_is_frozen_elsewhere(kind):
+    for detector, learns in (
+        (build(kind), True),
+        (build(kind, class_score=True), False),
+        (EndToEndDetector(MAKERS[kind](1)), False),
+    ):
         backward(detector(*scene(SIZES)))
         unused = {id(p) for p in detector.adapter.unused_parameters()}
         assert unused
-        assert not any(p.requires_grad or p.grad is not None for p in detector.parameters() if id(p) in unused)
+        assert all((p.grad is not None) is learns for p in detector.parameters() if id(p) in unused)
         assert set(gradients(detector)) == {name for name, p in detector.named_parameters() if p.requires_grad}
 
 

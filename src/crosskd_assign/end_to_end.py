@@ -53,7 +53,7 @@ class EndToEndDetector(nn.Module):
         loss: `OneToOneLoss` () by default, or any callable of predictions, targets and assignment that returns a dict.
         auxiliary: A second, one-to-many head on the same features, in training only.
         selection: A branch that sees each score beside its neighbours' and multiplies it, for a detector that was
-            trained one-to-many. The score is the product then.
+            trained one-to-many. The score is the product then, and its quality branch is trained along if it is a part.
         top_k: Detections returned for an image.
         score_threshold: Detections below this score are left out; 0 returns ``top_k`` for every image.
         one_class_per_point: Let each point report its best class only: one detection at most.
@@ -116,8 +116,9 @@ class EndToEndDetector(nn.Module):
         # Only these need the features after the detector's own head has run on them.
         edits_maps = any(part is not None and part.edits_features for part in (auxiliary, selection))
         self._entry = PyramidEntry.unmeasured(edits_maps=edits_maps)
-        for parameter in self.adapter.unused_parameters():
-            parameter.requires_grad_(False)
+        if selection is None or selection.class_score:  # else the product has a quality branch in it
+            for parameter in self.adapter.unused_parameters():
+                parameter.requires_grad_(False)
 
     @property
     def model(self) -> nn.Module:

@@ -32,13 +32,11 @@ _QUICK = 10.0  # times the learning rate, for the two numbers that all scores sh
 class SelectionBranch(nn.Module):
     """A small branch that sees every score beside its neighbours' and multiplies it.
 
-    A one-to-many head scores many points of an object alike. The branch multiplies the score p of each class by a
-    factor σ(e), and e is a sum of two:
+    A one-to-many head scores many points of an object alike. The branch multiplies the score p that the detector ranked
+    by (`ranking_logits`) by a factor σ(e), and e is a sum of two:
 
-    - A filter of maxima: k · d, at least −5, where d ≤ 0 is the distance of the logit that the detector ranked by
-      (`ranking_logits`) to the maxima of its 3 × 3 neighbours, of the next coarser and of the next finer level. Of an
-      object's points the best keeps its score. A quality branch has its part here: it tells which point that is. In p
-      it has none, for of different objects the one of better quality need not be the surer one (docs/results.md).
+    - A filter of maxima: k · d, at least −5, where d ≤ 0 is the distance of the class's logit to the maxima of its
+      3 × 3 neighbours, of the next coarser and of the next finer level. Of an object's points the best keeps its score.
     - A logit that three small convolutions predict at each point from the neck's maps and the scores around it. They
       predict how sharp the filter is at that point, k, too: crowds need it less.
 
@@ -58,6 +56,10 @@ class SelectionBranch(nn.Module):
         model: The detector it is a branch of: torchvision's FCOS or RetinaNet, or a `DetectorAdapter` that predicts on
             grids (`DensePredictions.levels`), equally many anchors a cell on each level.
         width: Channels of the branch, a multiple of 8.
+        class_score: Take the class probability for p, and √(class · quality) in the filter only. A quality branch tells
+            which point of an object is best; of two objects the better one need not be the surer one. It is worth 3 AP
+            on small objects of circuit boards, and costs up to 1 elsewhere (docs/results.md): take it where your
+            detector has more AP with NMS ranked by class alone. Quality is frozen then.
 
     Raises:
         OptionError: ``width`` is no multiple of 8.
@@ -73,8 +75,9 @@ class SelectionBranch(nn.Module):
         85380
     """
 
-    def __init__(self, model: nn.Module | DetectorAdapter, *, width: int = 32) -> None:
+    def __init__(self, model: nn.Module | DetectorAdapter, *, width: int = 32, class_score: bool = False) -> None:
         super().__init__()
+        self.class_score = class_score
         # 1. What the detector looks like.
         if width < _GROUPS or width % _GROUPS:
             raise OptionError(
@@ -124,16 +127,16 @@ class SelectionBranch(nn.Module):
             predictions: What the head predicts on them, on grids.
 
         Returns:
-            Predictions without a quality branch, which the factor has made use of.
+            Predictions without a quality branch, which has had its part.
         """
         # 1. The score of every class on the grids, and the best one's; what is read of them has no gradient.
-        scores = ranking_logits(predictions).detach()  # (N, A, C)
+        scores = ranking_logits(predictions)  # (N, A, C)
         levels = predictions.levels or ()
         strides = [level.stride for level in levels]
         sizes = [level.height * level.width * level.anchors for level in levels]
         grids = [  # (N, H, W, anchors, C)
             at_least_float32(x).reshape(-1, level.height, level.width, self.anchors, x.shape[-1])
-            for level, x in zip(levels, torch.split(scores, sizes, dim=1), strict=True)
+            for level, x in zip(levels, torch.split(scores.detach(), sizes, dim=1), strict=True)
         ]
         maps = _score_maps([x.amax(dim=-1).permute(0, 3, 1, 2) for x in grids], strides)
 
@@ -151,13 +154,14 @@ class SelectionBranch(nn.Module):
 
         # 3. The product, with the scores that training wants.
         scale, shift = (_QUICK * at_least_float32(self.calibration)).unbind()
-        own = at_least_float32(predictions.logits) * scale.exp() + shift
+        own = predictions.logits if self.class_score else scores
+        own = at_least_float32(own) * scale.exp() + shift
         logits = functional.product_logits(own, torch.cat(factors, dim=1))
         return replace(predictions, logits=logits, quality=None)
 
     @override
     def extra_repr(self) -> str:
-        return f"anchors={self.anchors}"
+        return f"anchors={self.anchors}, class_score={self.class_score}"
 
 
 class _GroupNorm(nn.GroupNorm):

@@ -92,6 +92,9 @@ class ModelOptions:
     top_k: Annotated[int, "detections of an image, which is the limit of its AP, too"] = 100
     one_class_per_point: Annotated[bool, "let each point report its best class only: one detection at most"] = False
     selection: Annotated[bool, "a branch that sees each score beside its neighbours' and multiplies it"] = False
+    class_score: Annotated[bool, "with --selection: the score is the class alone, and quality only chooses points"] = (
+        False
+    )
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,10 @@ def _about_methods(options: Options) -> list[tuple[bool, str]]:
             "expected an arm of one positive an object for --selection, but got --arm one-to-many",
         ),
         (
+            options.model.class_score and not selection,
+            "expected --selection or --convert with --class-score, but got neither",
+        ),
+        (
             method.freeze == "all" and not (selection and method.arm == "one-to-one"),
             "expected --selection and --arm one-to-one with --freeze all: nothing else would learn",
         ),

@@ -125,12 +125,15 @@ def test_an_export_has_its_labels_and_names(converted, tmp_path):
     assert predict.OnnxDetector(file).class_names == spec.label_to_name
 
 
-def test_it_starts_as_the_detector(scenes_folder, detector, teacher, tmp_path):
+def test_it_starts_as_the_detector_and_ranks_alike_until_the_branch_has_learnt(
+    scenes_folder, detector, teacher, tmp_path
+):
     run = tmp_path / "run"
     assert train.main(arguments(scenes_folder, detector, run, "--lr", "0", "--freeze", "all")) == 0
     mine, theirs = load_file(run / "model.safetensors"), load_file(teacher / "model.safetensors")
     assert {name for name in mine if not name.startswith("selection.")} == {f"model.{name}" for name in theirs}
     assert all(torch.equal(mine[f"model.{name}"], value) for name, value in theirs.items())
+    assert summary(run)["scores"]["ap"] == pytest.approx(summary(run)["before"]["ap"], abs=1e-3)
 
 
 def test_all_of_a_detector_can_be_frozen_that_names_no_parts(scenes_folder, detector, teacher, tmp_path, capsys):

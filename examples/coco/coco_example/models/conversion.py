@@ -65,8 +65,7 @@ class Source:
 
     def student(self, options: ModelOptions) -> nn.Module:
         """Copy the detector, with a selection branch if there is to be one; draws random numbers for it."""
-        model = copy.deepcopy(self.model)
-        return add_selection(model) if options.selection else model
+        return add_selection(copy.deepcopy(self.model), options)
 
     def spec(self, options: ModelOptions, index: CocoIndex) -> ModelSpec:
         """Describe what comes of it, with names from a data set where the detector has none.

@@ -137,12 +137,13 @@ def build_detector(options: ModelOptions, num_classes: int, *, resize_to_train: 
         detector = RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **sides)
 
     # 4. A branch that selects, which travels with the detector: in its weights, copies and averages.
-    return add_selection(detector) if options.selection else detector
+    return add_selection(detector, options)
 
 
-def add_selection(detector: nn.Module) -> nn.Module:
-    """Give a detector, or the adapter of one, a selection branch of its own, which `selection_of` finds."""
-    detector.selection = SelectionBranch(detector)
+def add_selection(detector: nn.Module, options: ModelOptions) -> nn.Module:
+    """Give a detector, or the adapter of one, the selection branch that options ask for; `selection_of` finds it."""
+    if options.selection:
+        detector.selection = SelectionBranch(detector, class_score=options.class_score)
     return detector
 
 

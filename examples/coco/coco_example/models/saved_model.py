@@ -210,4 +210,4 @@ def _build_foreign(spec: ModelSpec, path: Path) -> nn.Module:
                 fix='put it back, or write its new place under "detector" there',
             )
         model, _ = python_detector(spec.detector)
-    return add_selection(model) if spec.model.selection else model
+    return add_selection(model, spec.model)
