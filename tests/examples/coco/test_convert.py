@@ -18,6 +18,7 @@ from coco_example.models.detectors import selection_of
 from coco_example.models.saved_model import load_model
 from safetensors.torch import load_file
 
+from crosskd_assign import EndToEndDetector
 from tests.makers.pages import leads_somewhere
 from tests.makers.training_runs import assert_same_run, stop_in
 
@@ -106,6 +107,22 @@ def test_nothing_need_be_trained(converted, scenes_folder, teacher, tmp_path, ca
     with pytest.raises(SystemExit):
         train.main(arguments(scenes_folder, teacher, tmp_path / "other", "--epochs", "0", "--no-selection"))
     assert "--epochs of at least 1" in capsys.readouterr().err
+
+
+def test_its_score_can_be_that_of_the_class_alone(scenes_folder, teacher, tmp_path, capsys):
+    assert train.main(arguments(scenes_folder, teacher, tmp_path / "run", "--epochs", "0", "--class-score")) == 0
+    model, spec = load_model(tmp_path / "run")
+    assert spec.model.class_score
+    assert selection_of(model).class_score
+    # A maximum keeps 0.88 of its class score, whatever its centerness.
+    images = [torch.rand(3, 64, 64)]
+    with torch.no_grad():
+        plain = EndToEndDetector(load_model(teacher)[0].eval()).eval().run(images).predictions.logits
+        found = EndToEndDetector(model.eval(), selection=selection_of(model)).eval().run(images).predictions.logits
+    assert float((found.sigmoid() / plain.sigmoid()).max()) == pytest.approx(0.8808, abs=1e-3)
+    with pytest.raises(SystemExit):
+        train.main(["--arm", "one-to-one", "--data", "demo", "--output", str(tmp_path / "no"), "--class-score"])
+    assert "expected --selection or --convert with --class-score" in capsys.readouterr().err
 
 
 def test_a_frozen_detector_keeps_every_weight_and_statistic(scenes_folder, teacher, tmp_path):
