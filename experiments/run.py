@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "examples" / "coco"
 sys.path.insert(0, str(SCRIPTS))
 
-from coco_example.engine.processor import slow_precision  # noqa: E402  # found by the path above, as by the next two
+from coco_example.engine.processor import slow_precision  # noqa: E402  # found by the path above, as the next three are
+from coco_example.evaluation.comparison import one_thread  # noqa: E402
 from labels import UNLABELLED, keep_labels, pseudo_label  # noqa: E402
 from made import make  # noqa: E402
 
@@ -316,8 +317,9 @@ def _precision(options: Options) -> Option:
 
 @cache
 def _is_slow(precision: str) -> bool:
-    """Measure whether a precision is slower than float32 on this processor, once."""
-    line = slow_precision(precision, torch.device("cpu"))
+    """Measure whether a precision is slower than float32 on this processor, once, on one thread as the runs have it."""
+    with one_thread():
+        line = slow_precision(precision, torch.device("cpu"))
     if line is not None:
         print(line, flush=True)
     return line is not None

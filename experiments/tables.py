@@ -197,12 +197,16 @@ def conversions(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
             for seed in after
         ]
         gain = f"{statistics.mean(steps):+.1f}" if steps and all(ap) else "–"
-        own = variant(name).title + (", with NMS" if further else "")
+        own = variant(name).title
+        own += ", all of the epochs" if variant(name).epochs(SETS[data[0]]) == SETS[data[0]].epochs else ""
+        own += ", with NMS" if further else ""
         rows.append([own, *(spread(runs, key) for runs in ap), gain])
     return markdown(["", *(NAMES.get(name, name) for name in data), "mean gain"], rows)
 
 
 def _is_conversion(name: str) -> bool:
+    if "class" in name.split("-"):
+        return False  # an option, which pages of sets list
     return name.startswith(("convert", f"{BASELINE}-further")) and not name.endswith(BY_CLASS)
 
 

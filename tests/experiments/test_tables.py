@@ -65,11 +65,14 @@ def test_conversions_are_compared_with_what_they_were_seed_by_seed(tmp_path):
     lines += [line("convert-10pc", s, 0.35 + s / 100, 0.3) for s in range(2)]
     lines += [line("convert-frozen-10pc", s, 0.3, 0.3) for s in range(2)]
     lines += [line("one-to-many-further-10pc", s, 0.1, 0.33) for s in range(3)]
+    lines += [line("convert", 0, 0.36, 0.3), line("convert-class-10pc", 0, 0.4, 0.3)]
     text = tables.conversions(lines, ["bccd"], "final")
     assert "| the detector, with NMS | 32.0 ± 1.0 |  |" in text
     assert "| the detector, without NMS | 20.0 ± 0.0 |  |" in text
     assert "| converted, nothing trained | 31.0 ± 1.0 | -1.0 |" in text
     assert "| converted, 10 % of the epochs | 35.5 ± 0.7 | +4.0 |" in text
+    assert "| converted, all of the epochs | 36.0 | +5.0 |" in text
+    assert "score of the class alone" not in text
     assert "| one-to-many, trained further, 10 % of the epochs, with NMS | 33.0 ± 0.0 | +1.0 |" in text
     table = tables.table(lines, ["bccd"], "final")
     assert "| converted, nothing trained | 0 + 30 |" in table
