@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -31,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 BASELINE = "one-to-many"
 BY_CLASS = " by class"
-NAMES = {"bccd": "cells", "demo": "scenes", "highway": "roads", "pcb": "boards"}  # as documents call the sets
+NAMES = {"bccd": "cells", "demo": "scenes", "highway": "roads", "pcb": "boards", "hit_uav": "thermal, from the air"}
 MARKS = "†‡§"  # of notes, in order of appearance
 Line = dict[str, Any]
 Groups = dict[str, list[Line]]  # the seeds of every variant
@@ -205,8 +206,8 @@ def conversions(lines: Sequence[Line], data: Sequence[str], split: str) -> str:
 
 
 def _is_conversion(name: str) -> bool:
-    if "class" in name.split("-"):
-        return False  # an option, which pages of sets list
+    if not {"class", "rate"}.isdisjoint(name.split("-")):
+        return False  # an option of them, which pages of sets list
     return name.startswith(("convert", f"{BASELINE}-further")) and not name.endswith(BY_CLASS)
 
 
@@ -291,8 +292,11 @@ def draw_conversions(lines: Sequence[Line], path: Path) -> None:
     sets = [data for data in SETS if "convert-10pc" in grouped(lines, data, "final") and not data.startswith("overlap")]
     if not sets:
         return
-    rows = (len(sets) + 1) // 2
-    figure, all_axes = plt.subplots(rows, 2, figsize=(8, 0.7 + 2.9 * rows), layout="constrained", squeeze=False)
+    columns = 2 if len(sets) <= 4 else 3
+    rows = math.ceil(len(sets) / columns)
+    size = (4 * columns, 0.7 + 2.9 * rows)
+    figure, all_axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    shown: dict[str, Any] = {}
     for axes, data in zip(all_axes.flat, sets, strict=False):
         found = grouped(lines, data, "final")
         # 1. The detector as it was.
@@ -329,12 +333,12 @@ def draw_conversions(lines: Sequence[Line], path: Path) -> None:
         axes.set_xlabel("per cent of the detector's epochs")
         axes.set_title(NAMES.get(data, data))
         axes.grid(alpha=0.3)
+        shown |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     for axes in all_axes[:, 0]:
         axes.set_ylabel("AP")
     for axes in all_axes.flat[len(sets) :]:
         axes.set_axis_off()
-    handles, labels = all_axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize="small")
+    figure.legend(shown.values(), shown, loc="outside upper center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -58,7 +58,7 @@ class SelectionBranch(nn.Module):
         width: Channels of the branch, a multiple of 8.
         class_score: Take the class probability for p, and √(class · quality) in the filter only. A quality branch tells
             which point of an object is best; of two objects the better one need not be the surer one. It is worth 3 AP
-            on small objects of circuit boards, and costs up to 1 elsewhere (docs/results.md): take it where your
+            on small objects of circuit boards, and costs up to 1.2 elsewhere (docs/results.md): take it where your
             detector has more AP with NMS ranked by class alone. Quality is frozen then.
 
     Raises:
