@@ -81,7 +81,7 @@ def test_what_started_the_training_is_not_stored_with_the_detector(tmp_path):
     stored = json.loads((tmp_path / "model.json").read_text())
     assert stored.keys() == {
         *("architecture", "backbone", "size", "channels", "head_convs", "short_side", "top_k", "selection"),
-        "one_class_per_point",
+        *("one_class_per_point", "class_score"),
         *("one_to_many", "categories"),
     }
     assert load_model(tmp_path)[1].model == options
